@@ -121,10 +121,10 @@ class _StrictReader:
             return item
         allowed = " or ".join(f"{kind.__name__.lower()}s" for kind in self._kinds)
         if file.schema is not None and isinstance(record, Prompt):
+            reason, advice = file.missing_answer(record)
             raise UserError(
-                f"{file.path}, row {item.number:,}: there is no answer of the assistant, and the "
-                f"command reads {allowed}. Name its column with --columns response=COLUMN, or "
-                "remove rows that end with the user's message."
+                f"{file.path}, row {item.number:,}: {reason}, and the command reads {allowed}. "
+                f"{advice}"
             )
         advice = ""
         if isinstance(record, Pair) and self._kinds == (Response,):

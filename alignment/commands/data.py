@@ -64,8 +64,11 @@ def import_rows(config: ImportConfig) -> None:
                 *[f"{equal:,} pairs of a response with itself"] * (equal > 0),
             ]
             if reasons:
-                raise UserError(f"There are no rows in the input: left out {'; '.join(reasons)}.")
-            raise UserError("There are no rows in the input.")
+                raise UserError(
+                    f"The input has no rows that can be used: {'; '.join(reasons)}. Correct them, "
+                    "or name their columns with --columns."
+                )
+            raise UserError("The input has no rows. Give a file with rows as --input.")
         if verdicts is not None and not verdicts.count:
             raise UserError(
                 "The input has no labels of people for --verdicts. Name their column with "

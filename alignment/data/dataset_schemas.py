@@ -117,6 +117,7 @@ class RecordFile:
 
     Attributes:
         path: The file.
+        columns: Columns of its first rows, for a file of another project.
         roles: Column of each required role, for a file of another project.
         schema: Schema of such a file. None before it is read, and for a file of this project.
         omissions: Number of rows with a value, for each column or field that is left out.
@@ -137,6 +138,7 @@ class RecordFile:
         self.path, self.options = path, options or ReadOptions()
         self.source = source or Path(path).name.partition(".")[0]
         self.schema: DatasetSchema | None = None
+        self.columns: list[str] = []
         self.roles: Roles = {}
         self.omissions: Counter[str] = Counter()
         self.metadata: Counter[str] = Counter()
@@ -161,8 +163,8 @@ class RecordFile:
         kind = own_kind(valid[0])
         if kind is None:
             # A column may be missing in rows where it has no value.
-            columns = list(dict.fromkeys(name for row in valid for name in row))
-            self.options.check(columns, self.path)
+            self.columns = list(dict.fromkeys(name for row in valid for name in row))
+            self.options.check(self.columns, self.path)
             self.schema, self.roles = self._find_schema(self.options.rename(valid[0]))
         for number, row in chain(first, rows):
             if isinstance(row, MalformedRow):
@@ -224,6 +226,17 @@ class RecordFile:
         names = {role: self.options.columns.get(c, c) for role, c in self.roles.items()}
         columns = ", ".join(c if role == c else f"{role}={c}" for role, c in names.items())
         return f"{self.schema.name} ({columns})"
+
+    def missing_answer(self, prompt: Prompt) -> tuple[str, str]:
+        """Return why a row of the file is a prompt without an answer, and what to do."""
+        if "messages" in self.roles:
+            senders = ", ".join(message.role for message in prompt.messages)
+            reason = f"there is no answer of the assistant after the messages of {senders}"
+            return reason, "Remove the row, or add the answer to its messages."
+        texts = [name for name, value in prompt.metadata.items() if isinstance(value, str)]
+        column = texts[0] if len(texts) == 1 else "COLUMN"
+        reason = f"there is no answer of the assistant in the columns {', '.join(self.columns)}"
+        return reason, f"Name the column of the answer with --columns response={column}."
 
     def as_prompt(self, record: Response | Pair) -> Prompt:
         """Return the prompt of a record, with the answer of a row in its metadata.

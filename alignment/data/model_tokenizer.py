@@ -24,14 +24,17 @@ def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat-template {chat_template} cannot be read: {error}") from error
+            raise UserError(
+                f"--chat-template {chat_template} cannot be read: {error}. Give a Jinja file."
+            ) from error
     if not tokenizer.chat_template:
         raise UserError(
-            f"the tokenizer of {model} has no chat template: give one with --chat-template"
+            f"The tokenizer of {model} has no chat template. Give one with --chat-template."
         )
     if not end_tokens(tokenizer):
         raise UserError(
-            f"{model} has no token that ends a text: set eos_token_id in its generation_config.json"
+            f"{model} has no token that ends a text. Set eos_token_id in its "
+            "generation_config.json."
         )
     return tokenizer
 
@@ -57,7 +60,14 @@ def read_tokenizer(model: Path) -> Any:
         else:
             tokenizer = ExpertThresholdTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the tokenizer of {model} cannot be read: {error}") from error
+        if place.is_dir() and not any(place.glob("*token*")):
+            raise UserError(
+                f"{model} has no tokenizer. Copy tokenizer.json and tokenizer_config.json of the "
+                "model into it."
+            ) from error
+        raise UserError(
+            f"The tokenizer of {model} cannot be read: {error}. Copy its files again."
+        ) from error
     record_end_tokens(tokenizer, place)
     return tokenizer
 
@@ -82,5 +92,5 @@ def _place(model: Path) -> Path:
     if file.is_dir():
         return file
     if not file.is_file():
-        raise UserError(f"{model} has no tokenizer: convert it to a Hugging Face folder first")
+        raise UserError(f"{model} has no tokenizer. Convert it to a Hugging Face folder first.")
     return file

@@ -49,7 +49,7 @@ def as_kind(item: LabeledRecord, kind: str | None, file: RecordFile | None) -> l
                 raise LookupError("no side of the pair is preferred")
             return [LabeledRecord(_response(record, preferred), (), item.number)]
         case "responses" | "chosen", Prompt() if file and file.schema is not None:
-            raise LookupError("there is no answer of the assistant")
+            raise LookupError(file.missing_answer(record)[0])
     contained = "responses" if kind == "chosen" else kind
     raise UserError(
         f"--as {kind} is not possible: a {type(record).__name__} contains no {contained}. Choose "

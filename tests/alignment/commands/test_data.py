@@ -146,7 +146,7 @@ def test_left_out_rows_and_columns_are_reported_with_their_reasons(
     assert "raw.jsonl as preferences (chosen, rejected): 3 records" in printed
     assert "metadata: chosen_model" in printed
     none = written(tmp_path / "none.jsonl", iter(rows[:3]))
-    with pytest.raises(UserError, match=r"no rows in the input: left out 2 as in .*'tool_calls'"):
+    with pytest.raises(UserError, match=r"no rows that can be used: 2 as in .*'tool_calls'"):
         main(["import", "--input", none, "--output", str(file), "--overwrite"])
 
 

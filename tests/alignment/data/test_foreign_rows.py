@@ -301,9 +301,28 @@ def test_mixed_schemas_in_one_file_are_named_by_row(tmp_path: Path) -> None:
 
 def test_conversation_that_ends_with_the_user_is_no_response(tmp_path: Path) -> None:
     file = written(tmp_path, [{"messages": OPENAI}, {"messages": OPENAI[:2]}])
-    with pytest.raises(UserError, match=r"row 2: there is no answer of the assistant"):
+    reason = r"row 2: there is no answer of the assistant after the messages of system, user, and"
+    with pytest.raises(UserError, match=reason):
         read_all(file, Response)
     assert [plain(prompt) for prompt in read_all(file, Prompt)] == [S[:2]]  # the same prompt twice
+
+
+@pytest.mark.parametrize(
+    "more, advice",
+    [({"explanation": "A"}, "explanation"), ({"hint": "B", "explanation": "A"}, "COLUMN")],
+)
+def test_row_without_a_known_answer_names_the_columns(
+    more: dict[str, str], advice: str, tmp_path: Path
+) -> None:
+    row = {"question": "Q", **more}
+    file = written(tmp_path, [row])
+    with pytest.raises(UserError) as caught:
+        read_all(file, Response)
+    assert str(caught.value) == (
+        f"{file}, row 1: there is no answer of the assistant in the columns {', '.join(row)}, and "
+        f"the command reads responses. Name the column of the answer with --columns "
+        f"response={advice}."
+    )
 
 
 def test_answers_of_rows_that_are_read_as_prompts_are_references(tmp_path: Path) -> None:
