@@ -27,6 +27,10 @@ from megatron_ext.training.checks import commit, versions
 from megatron_ext.training.metrics import keep_rows
 from megatron_ext.training.saving import write_atomically
 
+# What a run writes before its first step or evaluation; answers of judges do not depend on the run.
+_BEFORE_TRAINING = {
+    "run.json", ".lock", "train.log", "trackers.json", "tensorboard", "wandb", "mlflow", "verdicts"
+}  # fmt: skip
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -275,7 +279,8 @@ class TrainingRun:
         self._lock = lock_folder(self.folder)
         path = self.folder / "run.json"
         earlier = json.loads(path.read_text()) if path.is_file() else {}
-        before = earlier.get("settings", self.settings)
+        has_begun = any(entry.name not in _BEFORE_TRAINING for entry in self.folder.iterdir())
+        before = earlier.get("settings", self.settings) if has_begun else self.settings
         changed = sorted(
             name
             for name in before  # an earlier version recorded fewer settings

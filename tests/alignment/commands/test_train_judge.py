@@ -268,13 +268,16 @@ def test_failures_of_a_trained_step_are_final(study, tmp_path):
 def test_model_of_another_run_is_not_resumed(study, tmp_path):
     from megatron_ext.errors import UserError
 
-    run_ranks(begin, 1, study, tmp_path, {"lr": 1.0})
+    run_ranks(begin, 1, study, tmp_path, {"lr": 3.0}, 0)  # for example without a tracker's key
+    run_ranks(begin, 1, study, tmp_path, {"lr": 1.0}, 1)
+    assert json.loads((tmp_path / "run.json").read_text())["settings"] == {"lr": 1.0}
     with pytest.raises(UserError, match="was started with another --lr"):
-        run_ranks(begin, 1, study, tmp_path, {"lr": 2.0})
+        run_ranks(begin, 1, study, tmp_path, {"lr": 2.0}, 0)
 
 
-def begin(folder, place, settings):
+def begin(folder, place, settings, steps):
     from alignment.training.training_run import TrainingRun
 
-    with TrainingRun(place, engine_of(folder, "megatron", {}), settings):
-        pass
+    with TrainingRun(place, engine_of(folder, "megatron", {}), settings) as run:
+        for _ in range(steps):
+            run.finish_step({})
