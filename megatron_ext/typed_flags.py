@@ -34,6 +34,7 @@ from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.recipes import expand_recipes
 
 Resume = Literal["must match", "may change"]
+_LARGEST = 10**15  # whole number; products with other numbers fit into 64 bits
 
 
 def flag(
@@ -139,20 +140,29 @@ class Flag:
         return mark
 
     def check(self, value: Any) -> None:
-        """Raise a `UserError` if a number is out of its bounds."""
+        """Raise a `UserError` if a text is empty, or a number not finite or out of its bounds."""
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if each == "" and self.default != "":
+                raise UserError(f"{self.option} is empty. Give a value, or leave the flag out.")
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                self._check_number(each)
+
+    def _check_number(self, value: float) -> None:
         bounds = self.field.metadata.get("bounds", {})
         bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-        if value is None or not bounds:
-            return
         fits = {
             "at least": lambda bound: value >= bound,
             "above": lambda bound: value > bound,
             "at most": lambda bound: value <= bound,
             "below": lambda bound: value < bound,
         }
-        if not math.isfinite(value) or not all(fits[name](b) for name, b in bounds.items()):
-            required = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+        if not all(fits[name](bound) for name, bound in bounds.items()):
+            required = " and ".join(f"{name} {bound:.10g}" for name, bound in bounds.items())
             raise UserError(f"{self.option} {value} must be {required}.")
+        if not math.isfinite(value):
+            raise UserError(f"{self.option} {value} must be a finite number.")
+        if abs(value) > _LARGEST and isinstance(value, int):
+            raise UserError(f"{self.option} {value} must be at most {_LARGEST}.")
 
 
 def flags_of(config: type, **defaults: Any) -> Iterator[Flag]:

@@ -55,7 +55,7 @@ class AgreementConfig:
     Can be repeated. Default: none."""
     resamples: int = flag(1000, metavar="N", at_least=1)
     """Number of resamples of the bootstrap, and largest number of permutations of the test."""
-    seed: int = flag(0)
+    seed: int = flag(0, at_least=0, below=2**32)
     """Seed of the bootstrap."""
     output: str | None = flag(None, metavar="DIR")
     """Folder to write agreement.json and agreement.png into. Default: none."""

@@ -44,17 +44,17 @@ class AnnotationJudgeConfig:
     the label. Without the flag the score is the label that the judge writes."""
     temperature: float = flag(0.0, at_least=0)
     """Sampling temperature of the answers; 0 always takes the likeliest token."""
-    top_p: float | None = flag(None, metavar="P")
+    top_p: float | None = flag(None, metavar="P", above=0, at_most=1)
     """Sample only from the likeliest tokens that together have this probability. Default: that of
     the endpoint."""
-    top_k: int | None = flag(None, metavar="N")
+    top_k: int | None = flag(None, metavar="N", at_least=0)
     """Sample from this number of likeliest tokens only. Default: that of the endpoint."""
     max_tokens: int = flag(8192, metavar="TOKENS", at_least=1)
     """Maximum length of an answer, with its thinking, in tokens."""
     reasoning_effort: str | None = flag(None, metavar="LEVEL")
     """Reasoning effort for models that support it, such as low, medium or high. Default: that of
     the endpoint."""
-    seed: int | None = flag(None)
+    seed: int | None = flag(None, at_least=0)
     """Seed of the first answer to a question; each further answer uses the next seed. Default: no
     seed is sent."""
     concurrency: int | None = flag(None, metavar="N", at_least=1)

@@ -113,7 +113,7 @@ class RunConfig:
     run_dir: str = may_change(metavar="DIR")
     """Folder of the run: checkpoints/, best/ (a Hugging Face folder), metrics.jsonl, tensorboard/,
     train.log and run.json. If the folder already contains a run, the run is resumed."""
-    seed: int = must_match(0)
+    seed: int = must_match(0, at_least=0, below=2**32)
     """Seed of the order of the data and of sampling."""
     save_interval: int = may_change(50, metavar="STEPS", at_least=1)
     """Number of steps between two checkpoints."""
@@ -133,7 +133,10 @@ class RunConfig:
     """Address of MLflow's server, or folder of its files. Default: the environment variable
     MLFLOW_TRACKING_URI, or mlflow/ in the folder of the run."""
     dry_run: int | None = may_change(
-        None, metavar="RANKS", value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1"))
+        None,
+        metavar="RANKS",
+        value_if_bare=lambda: int(os.environ.get("WORLD_SIZE", "1")),
+        at_least=1,
     )
     """Print the parameters, the memory of a rank and the collectives of a step for a world of this
     many ranks, and end. Only the model's config.json is read, no data. Without a number: the
@@ -186,13 +189,13 @@ class OptimizationConfig:
     lr_schedule: str | None = must_match(None, metavar="PATH")
     """Function path, FILE.py:NAME or MODULE:NAME, of a function that returns the learning rate of
     each optimizer step. Default: linear warm-up and linear decay to 0."""
-    weight_decay: float = must_match(0.0)
+    weight_decay: float = must_match(0.0, at_least=0)
     """Weight decay of AdamW, which is multiplied by the learning rate in each step."""
-    clip_grad: float = must_match(1.0)
+    clip_grad: float = must_match(1.0, at_least=0)
     """Norm to which larger gradients are scaled down; 0 for no clipping."""
-    adam_beta1: float = must_match(0.9)
+    adam_beta1: float = must_match(0.9, at_least=0, below=1)
     """Decay per step of Adam's moving average of gradients."""
-    adam_beta2: float = must_match(0.999)
+    adam_beta2: float = must_match(0.999, at_least=0, below=1)
     """Decay per step of Adam's moving average of squared gradients."""
     use_distributed_optimizer: bool = may_change(False)
     """Divide the optimizer's state among data-parallel ranks (Megatron)."""
@@ -245,14 +248,14 @@ class CriticConfig:
     critic_lr: float | None = must_match(None, metavar="LR", above=0)
     """Peak learning rate of the critic, which follows the schedule of --lr. Default: 10 times
     --lr."""
-    critic_warmup: int = must_match(0, metavar="STEPS")
+    critic_warmup: int = must_match(0, metavar="STEPS", at_least=0)
     """Number of steps at the beginning in which only the critic is trained."""
-    value_clip: float | None = must_match(None, metavar="RANGE")
+    value_clip: float | None = must_match(None, metavar="RANGE", above=0)
     """Change of a predicted value in a step from which its loss is clipped. Default: no
     clipping."""
-    gae_lambda: float = must_match(0.95)
+    gae_lambda: float = must_match(0.95, at_least=0, at_most=1)
     """Lambda of generalized advantage estimation, from 0 to 1."""
-    gae_discount: float = must_match(1.0)
+    gae_discount: float = must_match(1.0, at_least=0, at_most=1)
     """Discount of rewards per token, from 0 to 1."""
     whitening: bool = must_match(True)
     """Do not normalize the advantages of a step to mean 0 and variance 1."""
@@ -275,7 +278,7 @@ class RolloutConfig:
     """Number of steps, 0 or 1, by which servers sample responses in advance. With 1 (asynchronous
     rollouts) they sample the next step's responses while this step is judged and trained on, with
     the weights from before it."""
-    rollout_bound: float | None = must_match(None, metavar="RATIO")
+    rollout_bound: float | None = must_match(None, metavar="RATIO", above=0)
     """Upper bound of the importance weights, which are the ratios of training to sampling
     probability. Default: 2 for asynchronous rollouts, otherwise no bound."""
     rollout_rule: Literal["truncate", "mask"] = must_match("truncate")
@@ -321,7 +324,7 @@ class SamplingConfig:
     """Sampling temperature; 0 always takes the likeliest token."""
     top_k: int = must_match(0, metavar="N", at_least=0)
     """Sample from this number of likeliest tokens only; 0 for all tokens."""
-    top_p: float = must_match(1.0, metavar="P")
+    top_p: float = must_match(1.0, metavar="P", above=0, at_most=1)
     """Sample only from the likeliest tokens that together have this probability; 1 for all
     tokens."""
     generation_batch_size: int = may_change(64, metavar="N", at_least=1)
@@ -352,7 +355,7 @@ class JudgeAnswerConfig:
     """Sampling temperature of the thinking; 0 always takes the likeliest token."""
     judging_top_k: int = must_match(20, metavar="N", at_least=0)
     """Sample the thinking from this number of likeliest tokens only; 0 for all tokens."""
-    judging_top_p: float = must_match(0.95, metavar="P")
+    judging_top_p: float = must_match(0.95, metavar="P", above=0, at_most=1)
     """Sample the thinking only from the likeliest tokens that together have this probability; 1 for
     all tokens."""
 

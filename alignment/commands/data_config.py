@@ -98,10 +98,10 @@ class SplitConfig:
     """Replace --save."""
     format: Literal["jsonl", "parquet"] = flag("jsonl")
     """Format of the files."""
-    near: float = flag(0.7, metavar="SIMILARITY")
+    near: float = flag(0.7, metavar="SIMILARITY", above=0, at_most=1)
     """Jaccard similarity, from 0 to 1, of the three-word sequences of two prompts, from which they
     are near-duplicates."""
-    seed: int = flag(0)
+    seed: int = flag(0, at_least=0, below=2**32)
     """Seed of the assignment of prompts to splits."""
     max_malformed: int = flag(100, metavar="N", at_least=0)
     """Maximum number of unusable rows, which are left out and reported. If there are more, the

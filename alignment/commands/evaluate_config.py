@@ -50,7 +50,7 @@ class EvaluateConfig:
     """Replace verdicts in --output that were made with other settings."""
     resamples: int = flag(1000, metavar="N", at_least=1)
     """Number of resamples of the bootstrap over prompts."""
-    resample_seed: int = flag(0, metavar="N")
+    resample_seed: int = flag(0, metavar="N", at_least=0, below=2**32)
     """Seed of the bootstrap."""
     name: str | None = flag(None, metavar="NAME")
     """Name of the judge in tables. Default: that of --model, or otherwise of --judge."""

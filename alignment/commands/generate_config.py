@@ -30,7 +30,7 @@ class GenerateConfig:
     """Number of responses to each prompt."""
     source: str | None = flag(None, metavar="NAME")
     """Name that is recorded in each response as its source. Default: --model."""
-    seed: int = flag(0)
+    seed: int = flag(0, at_least=0, below=2**32)
     """Seed of the sampling."""
     sampling: SamplingConfig = group()
     model: ModelConfig = group()
