@@ -5,8 +5,11 @@ from typing import Any
 
 from alignment.commands.train_policy_config import TrainPolicyConfig
 from alignment.judges.kinds.combined import CombinedConfig
+from alignment.judges.kinds.endpoint import EndpointJudgeConfig
 from alignment.judges.kinds.judge_kind import Judge, JudgeConfig
+from alignment.judges.kinds.registry import read_judge
 from alignment.records import Prompt
+from alignment.rl.resident_models import judges_in
 from megatron_ext.errors import UserError
 
 
@@ -37,6 +40,36 @@ def _fingerprints(spec: JudgeConfig) -> set[str]:
     """Return the fingerprints of a judge and of those that it combines."""
     parts = spec.parts.values() if isinstance(spec, CombinedConfig) else ()
     return {spec.fingerprint, *(f for part in parts for f in _fingerprints(part))}
+
+
+def endpoint_calls(config: TrainPolicyConfig) -> list[str]:
+    """Return a sentence on the calls of each judge at an endpoint, for --dry-run.
+
+    The number is the largest possible: a gate or a route leaves calls out.
+
+    Raises:
+        UserError: A judge file cannot be used.
+    """
+    size, group_size = config.batch.batch_size, config.reinforcement.group_size
+    sentences = []
+    for flag, files in (
+        ("--judge", config.judge), ("--gold", config.gold), ("--second-gold", config.second_gold)
+    ):  # fmt: skip
+        for spec in map(read_judge, files):
+            calls = size
+            if config.reward == "pairwise":  # both orders of each pair
+                calls *= group_size - 1
+                calls *= 2 if isinstance(spec, CombinedConfig) else 1  # scores both responses
+            often = "one call for each --held-out prompt at each evaluation"
+            if flag == "--judge":
+                often = f"{calls:,} calls a step, and further ones at each evaluation"
+            sentences += [
+                f"{flag} {spec.name} asks {judge.model} at {judge.url}, which takes no memory of "
+                f"the ranks: at most {often}."
+                for judge in judges_in(spec)
+                if isinstance(judge, EndpointJudgeConfig)
+            ]
+    return sentences
 
 
 def describe_judges(specs: Sequence[JudgeConfig], judges: Sequence[Judge]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 from alignment.commands.policy_judges import (
     check_prompts,
     describe_judges,
+    endpoint_calls,
     shared_with_gold,
     warn_without_gold,
 )
@@ -149,6 +150,8 @@ def _dry_run(config: TrainPolicyConfig, world_size: int) -> None:
     reference = config.model.model if config.reference or config.kl else None
     files = [*config.judge, *config.gold, *config.second_gold]
     resident = resident_models(reference, files)
+    for sentence in endpoint_calls(config):
+        print(sentence)
     dry_run(config, world_size, config.sampling.generation_batch_size, critic, resident)
 
 

@@ -159,8 +159,8 @@ class ChatClient(EndpointClient):
         if not self._reported_context:
             self._reported_context = True
             self.report(
-                f"{self.url} serves {context:,} tokens of a prompt with its answer: answers are "
-                f"limited to what prompts leave, not to {limit:,} tokens."
+                f"{self.url} serves {context:,} tokens of a prompt with its answer, so that "
+                f"answers to long prompts are limited to fewer than {limit:,} tokens."
             )
         # A server without /tokenize gives an answer without a limit what the prompt leaves.
         return {"max_tokens": context - count if isinstance(count, int) else None}

@@ -191,8 +191,8 @@ class Grader:
                 raise EvaluationFailed(
                     f"--{flag} failed {len(reasons)} times on {questions} held-out responses, more "
                     f"than --max-unrewarded {self.max_failed:.0%}, the first time with "
-                    f"{reasons[0]}. Check its server, then run the same command again, which "
-                    "repeats the evaluation."
+                    f"{reasons[0].rstrip('.')}. Check its server, then run the same command "
+                    "again, which repeats the evaluation."
                 )
 
     def _checked_row(self, step: int, shares: Sequence[Any]) -> dict[str, Any]:

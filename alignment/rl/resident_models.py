@@ -38,7 +38,9 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
         UserError: A judge file cannot be used.
     """
     models = [ResidentModel("start policy", reference)] if reference else []
-    for judge in chain.from_iterable(_local_judges(read_judge(file)) for file in judges):
+    for judge in chain.from_iterable(judges_in(read_judge(file)) for file in judges):
+        if not isinstance(judge, LocalJudgeConfig):
+            continue
         generates = judge.thinking != "none"
         models.append(
             ResidentModel(
@@ -51,10 +53,10 @@ def resident_models(reference: str | None, judges: Sequence[str]) -> list[Reside
     return models
 
 
-def _local_judges(judge: JudgeConfig) -> Iterator[LocalJudgeConfig]:
-    """Yield a judge, or the judges that it combines, if they are models on the ranks."""
-    if isinstance(judge, LocalJudgeConfig):
-        yield judge
-    elif isinstance(judge, CombinedConfig):
+def judges_in(judge: JudgeConfig) -> Iterator[JudgeConfig]:
+    """Yield a judge, or the judges that it combines."""
+    if isinstance(judge, CombinedConfig):
         for part in judge.parts.values():
-            yield from _local_judges(part)
+            yield from judges_in(part)
+    else:
+        yield judge

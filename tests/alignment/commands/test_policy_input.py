@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from alignment.commands.policy_judges import endpoint_calls
+from alignment.commands.train_policy_config import parse
 from alignment.records import Message, Prompt
 from tests.alignment.chat_model import BRIEF, make_model, write_rows
 from tests.alignment.commands.test_train_policy import place as place
@@ -149,3 +152,25 @@ def test_policy_accepts_unusual_prompts(place, tmp_path):
         assert row["routing/flip_rate"] == 0 and row["routing/decisions"] > 0
         assert row["time/routing"] > 0
     assert not any(n.startswith("routing/") for r in rows_of(tmp_path / "some long") for n in r)
+
+
+@pytest.mark.parametrize("reward, calls", [("pointwise", 16), ("pairwise", 96)])
+def test_dry_run_states_the_calls_of_judges_at_endpoints(
+    reward: str, calls: int, tmp_path: Path
+) -> None:
+    endpoint = "{kind: endpoint, url: 'http://127.0.0.1:9/v1', model: big}"
+    proxy, gold = tmp_path / "reward.yaml", tmp_path / "gold.yaml"
+    proxy.write_text(
+        f"kind: sum\ncomponents:\n  exact: {{kind: numeric-answer}}\n  style: {endpoint}\n"
+    )
+    gold.write_text(endpoint)
+    flags = [
+        *("--model", str(tmp_path), "--run-dir", "none", "--dry-run", "8", "--reward", reward),
+        *("--judge", str(proxy), "--gold", str(gold), "--batch-size", "16", "--group-size", "4"),
+        *("--steps", "1"),
+    ]
+    where = "asks big at http://127.0.0.1:9/v1, which takes no memory of the ranks: at most"
+    assert endpoint_calls(parse(flags)) == [
+        f"--judge reward {where} {calls} calls a step, and further ones at each evaluation.",
+        f"--gold gold {where} one call for each --held-out prompt at each evaluation.",
+    ]
