@@ -24,7 +24,7 @@ commands := slurmctld munged chromium
 
 .DEFAULT_GOAL := help
 .PHONY: help environment quickstart test test-slow test-all lint docs layouts bench gpu-test vllm-test \
-    system-deps clean
+    test-oldest te-check system-deps clean
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -43,6 +43,13 @@ test-slow: environment  ## the tests that `make test` leaves out
 	$(pytest) $(workers) -m "slow and not vllm" --session-timeout=3900 --durations=40
 
 test-all: test test-slow  ## every test
+
+test-oldest:  ## the fast tests with the lowest versions that setup.py allows, in .venv-oldest
+	@bash tools/bootstrap.sh --oldest $(data)
+	.venv-oldest/bin/python -m pytest $(workers) -m "not slow" --session-timeout=1500 --durations=20
+
+te-check:  ## the model on Transformer Engine without a GPU (the first time compiles it, for 40 minutes)
+	python=$$(bash tests/te/environment.sh) && $$python -m pytest tests/te
 
 vllm-test: environment  ## the tests with real vLLM servers, in an environment of Python 3.11
 	python=$$(bash tests/vllm/environment.sh) && VLLM_PYTHON=$$python $(pytest) $(workers) -m vllm --durations=20

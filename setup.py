@@ -44,17 +44,17 @@ setup(
     },
     py_modules=["pretrain_et"],
     install_requires=[
-        "torch>=2.13,<2.15",
+        "torch>=2.9,<2.15",
         "megatron-core>=0.19.2,<0.20",
         "emerging-optimizers>=0.3,<0.4",  # Muon
         "numpy>=2.0,<3",
         "packaging>=24.2",
         "scipy>=1.14,<2",
         "psutil>=6",  # without it Megatron fails late, when it saves a checkpoint
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
         # text and models
         "sentencepiece>=0.2,<0.3",
-        "transformers>=5.16,<6",
+        "transformers>=5.0,<6",
         "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
@@ -72,7 +72,7 @@ setup(
         "scikit-learn>=1.5,<2",  # the monitors' classifier
         # serving
         "pydantic>=2.10,<3",
-        "pydantic_core",  # of pydantic's version
+        "pydantic_core>=2.27",  # of pydantic's version
         "starlette>=1",
         "uvicorn>=0.40",
     ],
@@ -89,7 +89,8 @@ setup(
         "mlflow": ["mlflow>=3"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "dev": [
-            "accelerate>=1",  # lm-eval's own model on transformers, to compare with
+            "accelerate>=1.1",  # lm-eval's own model on transformers, to compare with
+            "datasets>=3.6",  # of lm-eval, whose newest needs a newer pyarrow than the range has
             "deepspeed>=0.19.8,<0.20",
             "gguf>=0.17",
             "hypothesis>=6.100",
@@ -103,8 +104,8 @@ setup(
             "pytest-xdist>=3.6,<4",
             "ruff>=0.17,<0.18",
             "setuptools>=77",
-            "types-psutil",
-            "types-PyYAML",
+            "types-psutil>=6",
+            "types-PyYAML>=6",
             "wandb>=0.31",
         ],
     },

@@ -27,7 +27,7 @@ import torch
 
 original_zeros = torch.zeros
 
-from megatron_ext.devices import activate, cpu_default_args  # noqa: E402
+from megatron_ext.devices import activate, device_default_args  # noqa: E402
 
 DEVICE = activate()
 
@@ -155,7 +155,7 @@ def train(pairs: int) -> Measured:
     measured = Measured(training.train_step)
     training.train_step = measured
     iterations = WARMUP + 2 * pairs
-    sys.argv[1:] = [*cpu_default_args(), *FLAGS, "--train-iters", str(iterations)]
+    sys.argv[1:] = [*device_default_args(), *FLAGS, "--train-iters", str(iterations)]
     with contextlib.redirect_stdout(io.StringIO()):
         args = parse_and_validate_args()
         training.pretrain(

@@ -111,9 +111,9 @@ class Estimates:
 
 
 def gathered(logits: Tensor) -> Tensor:
-    whole = logits.new_empty(dist.get_world_size() * len(logits), logits.shape[1])
-    dist.all_gather_single(whole, logits)
-    return whole
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, logits)
+    return torch.cat(parts)
 
 
 def gather_and_top_k(logits: list[Tensor]) -> list[Tensor]:

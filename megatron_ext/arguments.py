@@ -28,7 +28,7 @@ from megatron_ext.config import ETConfig
 from megatron_ext.conflicts import check_conflicts
 from megatron_ext.console import console
 from megatron_ext.data.run_tokenizer import tokenizer_flags
-from megatron_ext.devices import cpu_default_args, is_cpu_device
+from megatron_ext.devices import device_default_args, is_cpu_device
 from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.layer_pattern import expand_layer_pattern
 from megatron_ext.optimizer import paper_flags
@@ -148,7 +148,7 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
         _print_help(parser)
         sys.exit(0)
     explicit = _explicit(flags, parser)
-    defaults = [*_DEFAULTS, *(cpu_default_args() if is_cpu_device() else [])]
+    defaults = [*_DEFAULTS, *device_default_args()]
     args = parser.parse_args([*defaults, *flags])
     forced = [] if args.dry_run is None else _dry_run_flags(args)
     if args.async_save:
@@ -234,7 +234,7 @@ def _dry_run_flags(args: Namespace) -> list[str]:
         raise UserError(f"--dry-run {args.dry_run} must be at least one rank.")
     if not is_cpu_device():
         raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
-    flags = [*cpu_default_args(), "--fake-process-group"]  # these override the recipe
+    flags = [*device_default_args(), "--fake-process-group"]  # these override the recipe
     flags += _NO_TRACKERS
     flags += tokenizer_flags(args, set())
     file, type_is_set = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["megatron_ext", "alignment", "tools"]
 TARGETS = [
     "quickstart", "test", "test-slow", "test-all", "lint", "docs", "bench", "gpu-test",
-    "vllm-test", "system-deps", "clean",
+    "vllm-test", "test-oldest", "te-check", "system-deps", "clean",
 ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@
 #
 #   tools/bootstrap.sh                   create or update the environment
 #   tools/bootstrap.sh PACKAGE==X ...    also install these packages, without their dependencies
+#   tools/bootstrap.sh --oldest ...      create or update .venv-oldest, with the lowest versions that
+#                                        setup.py allows
 #   tools/bootstrap.sh --find            only print the Python that would be used
 #
 # PYTHON=/path/to/python selects the interpreter. The exit code is 2 if there is no usable Python or
@@ -11,6 +13,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
+if [[ ${1:-} == --oldest ]]; then
+    venv=.venv-oldest
+    shift
+fi
 python=$venv/bin/python
 
 fail() {
@@ -54,7 +60,7 @@ find_python() {
         "or name one with PYTHON=/path/to/python3.12."
 }
 
-# ensure STAMP KEY PIP-ARGUMENTS...: run pip unless the file STAMP contains KEY. The file is written
+# ensure STAMP KEY PIP-ARGUMENTS...: run the installer unless the file STAMP contains KEY. The file is written
 # after the installation has succeeded.
 ensure() {
     local stamp=$venv/$1 key=$2
@@ -62,7 +68,7 @@ ensure() {
     [[ -f $stamp && $(<"$stamp") == "$key" ]] && return
     rm -f "$stamp"
     echo "bootstrap: installing into $venv (the first time takes a few minutes) ..."
-    "$python" -m pip install --disable-pip-version-check "$@" ||
+    "${installer[@]}" "$@" ||
         fail "pip could not install the packages (its message is above);" \
             "check the network and the free disk space, then run the same command again."
     echo "$key" >"$stamp.new"
@@ -81,7 +87,14 @@ if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 
 # The folder is part of the key, so that an environment that was moved is installed again.
-ensure .installed "$(cat setup.py pyproject.toml constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
+installer=("$python" -m pip install --disable-pip-version-check)
+if [[ $venv == .venv ]]; then
+    ensure .installed "$(cat setup.py pyproject.toml constraints.txt | cksum) $PWD" -c constraints.txt -e '.[dev]'
+else
+    ensure .uv uv uv  # pip has no option that prefers the lowest versions
+    installer=("$python" -m uv pip install --python "$python")
+    ensure .installed "$(cat setup.py pyproject.toml | cksum) $PWD" --resolution lowest-direct -e '.[dev]'
+fi
 if (($#)); then
     ensure .extra-packages "$*" --no-deps "$@"
 fi

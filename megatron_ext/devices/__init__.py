@@ -4,6 +4,6 @@
 without CUDA it puts the CPU device behind `torch.cuda`, so that Megatron's trainer runs unmodified.
 """
 
-from megatron_ext.devices.cpu import activate, cpu_default_args, is_cpu_device
+from megatron_ext.devices.cpu import activate, device_default_args, is_cpu_device
 
-__all__ = ["activate", "cpu_default_args", "is_cpu_device"]
+__all__ = ["activate", "device_default_args", "is_cpu_device"]

@@ -51,20 +51,29 @@ def is_cpu_device() -> bool:
     return _device == "cpu"
 
 
-def cpu_default_args() -> list[str]:
-    """Return Megatron's flags for the CPU device, to be put before the flags of the user.
+def device_default_args() -> list[str]:
+    """Return Megatron's flags for the device, to be put before the flags of the user.
 
-    They choose gloo and the layers written in plain torch, and turn off kernels that exist for
-    CUDA only. (Megatron's `args_defaults` cannot carry them: it fills only flags without a value.)
+    On the CPU device they choose gloo and the layers written in plain torch, and turn off kernels
+    that exist for CUDA only. On CUDA they turn off the kernels whose packages are not installed,
+    without which Megatron would not start: the rotary embedding of Transformer Engine, and the
+    gradient accumulation of NVIDIA's apex. (Megatron's `args_defaults` cannot carry the flags: it
+    fills only flags without a value.)
     """
-    return [
-        "--distributed-backend", "gloo",
-        "--transformer-impl", "local",
-        "--no-rope-fusion",
-        "--no-gradient-accumulation-fusion",
-        "--no-masked-softmax-fusion",
-        "--no-persist-layer-norm",
-    ]  # fmt: skip
+    if is_cpu_device():
+        return [
+            "--distributed-backend", "gloo",
+            "--transformer-impl", "local",
+            "--no-rope-fusion",
+            "--no-gradient-accumulation-fusion",
+            "--no-masked-softmax-fusion",
+            "--no-persist-layer-norm",
+        ]  # fmt: skip
+    kernels = {
+        "transformer_engine": "--no-rope-fusion",
+        "fused_weight_gradient_mlp_cuda": "--no-gradient-accumulation-fusion",
+    }
+    return [flag for module, flag in kernels.items() if importlib.util.find_spec(module) is None]
 
 
 def _install() -> None:

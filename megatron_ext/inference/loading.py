@@ -27,7 +27,7 @@ from megatron_ext.checkpoint import damage, read_common_state, readable
 from megatron_ext.config import ETConfig
 from megatron_ext.data.run_tokenizer import locate_tokenizer
 from megatron_ext.data.tokenizer_identity import check_tokenizer_content
-from megatron_ext.devices import cpu_default_args, is_cpu_device
+from megatron_ext.devices import device_default_args, is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import record_end_tokens
 from megatron_ext.inference.plain_linear import simplify_linear_layers
@@ -201,12 +201,12 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         layout: Parallel sizes.
         dtype: Data type of the weights; see `load_model`.
     """
+    parser = add_megatron_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
+    needed = vars(parser.parse_args(device_default_args()))
+    defaults = vars(parser.parse_args([]))
+    vars(args).update({name: v for name, v in needed.items() if v != defaults[name]})
     if is_cpu_device():
         dtype = dtype or torch.float32
-        parser = add_megatron_arguments(ArgumentParser(add_help=False, allow_abbrev=False))
-        needed = vars(parser.parse_args(cpu_default_args()))
-        defaults = vars(parser.parse_args([]))
-        vars(args).update({name: v for name, v in needed.items() if v != defaults[name]})
         args.moe_grouped_gemm = False
         args.bias_swiglu_fusion = False  # slower than separate operations
     dtype = dtype or args.params_dtype

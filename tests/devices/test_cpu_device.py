@@ -60,6 +60,18 @@ def test_activate_hides_packages_that_need_a_gpu(tmp_path):
     assert run_ranks(_importable, 1, str(tmp_path)) == [[]]
 
 
+def test_default_args_on_cuda_turn_off_kernels_that_are_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "_device", "cuda")
+    of_apex = "fused_weight_gradient_mlp_cuda"
+    for module in ("transformer_engine", of_apex):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert cpu.device_default_args() == ["--no-rope-fusion", "--no-gradient-accumulation-fusion"]
+    monkeypatch.delitem(sys.modules, of_apex)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{of_apex}.py").touch()
+    assert cpu.device_default_args() == ["--no-rope-fusion"]
+
+
 @on_cpu
 def test_activate_after_the_import_of_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "_device", None)

@@ -21,7 +21,7 @@ def _pretrain(*flags):
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_ext.devices import cpu_default_args
+    from megatron_ext.devices import device_default_args
     from megatron_ext.training.data_loading import forward_step, train_valid_test_datasets
 
     models: list[torch.nn.Module] = []
@@ -30,7 +30,7 @@ def _pretrain(*flags):
         models[:] = [model]
         return forward_step(iterator, model, *args)
 
-    with mock.patch.object(sys, "argv", ["pretrain", *cpu_default_args(), *MOE, *flags]):
+    with mock.patch.object(sys, "argv", ["pretrain", *device_default_args(), *MOE, *flags]):
         args = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),

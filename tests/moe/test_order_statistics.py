@@ -185,9 +185,9 @@ def wide_search() -> list[Collectives]:
         with counted_collectives() as collectives:
             result = kth_largest(pools, ranks, dist.group.WORLD, brackets, counts)
         used.append(collectives)
-        whole = torch.empty(dist.get_world_size() * 300, 48 * 128)
-        dist.all_gather_single(whole, torch.cat(pools, dim=1))
-        expected = whole.topk(int(result.k[0]), dim=0).values[-1]
+        parts = [torch.empty(300, 48 * 128) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, torch.cat(pools, dim=1))
+        expected = torch.cat(parts).topk(int(result.k[0]), dim=0).values[-1]
         assert torch.equal(result.value, expected)
         assert bool((counts == dist.get_world_size()).all())
         for forecast, cutoff in zip(forecasts, result.value.view(48, 128)):

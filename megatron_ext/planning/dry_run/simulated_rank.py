@@ -82,14 +82,7 @@ class Rank:
         self.config = copy(config)
         self.step = RoutingStep()
         self.config.finalize_model_grads_func = self.step.finalize_model_grads
-        with torch.device("meta"):
-            self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
-                ModelType.encoder_or_decoder,
-                cfg_container=pretrain_cfg_container_from_args(
-                    args, language_model_config(args, self.config)
-                ),
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            )
+        self.model, self.optimizer, self.scheduler = build(args, self.config)
         for chunk in self.model:
             chunk.train()
         self.microbatches = args.global_batch_size // (
@@ -178,6 +171,24 @@ class Rank:
         )
         logits, of_optimizer = passes[1], live.peak - gathered
         return SimulatedStep(memory, traffic.collectives, traffic.flops, logits, of_optimizer)
+
+
+def build(args: Namespace, config: ETConfig) -> tuple[list[torch.nn.Module], Any, Any]:
+    """Return the stages, the optimizer and the scheduler of a rank, on the meta device.
+
+    Args:
+        args: Validated arguments of the run.
+        config: Configuration of the model.
+    """
+    with torch.device("meta"):
+        built: tuple[list[torch.nn.Module], Any, Any] = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(
+                args, language_model_config(args, config)
+            ),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+    return built
 
 
 def _extrapolate(

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Create .venv-te with Transformer Engine and this project, and print its Python. If it is up to
+# date, return immediately. No GPU is needed: Transformer Engine's extension of torch is compiled
+# with g++ against the CUDA packages of the registry, and kept in the user's cache folder, so that
+# only the first environment takes long.
+#
+# The extension is not optimized, because none of its kernels is called. Do not train with it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+version=2.20.2
+venv=$PWD/.venv-te
+python=$venv/bin/python
+stamp=$venv/.te-$version-$(cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/megatron-et/wheels
+
+# compile WHEELS: build the wheel of transformer-engine-torch into a folder.
+compile() {
+    local packages build
+    packages=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    build=$(mktemp -d)
+    printf '#!/bin/sh\nexec g++ "$@" -O0\n' >"$build/g++"
+    chmod +x "$build/g++"
+    CUDA_HOME=$packages/nvidia/cu13 \
+        CPLUS_INCLUDE_PATH=$(ls -d "$packages"/nvidia/*/include "$packages/include" | paste -sd:) \
+        CXX=$build/g++ PATH=$venv/bin:$PATH MAX_JOBS=${MAX_JOBS:-1} \
+        NVTE_PYTORCH_FORCE_BUILD=TRUE \
+        "${pip[@]}" wheel --no-deps --no-build-isolation --no-binary transformer-engine-torch \
+        -w "$build" "transformer-engine-torch==$version" >&2
+    mkdir -p "$1"
+    mv "$build"/*.whl "$1"
+    rm -r "$build"
+}
+
+if [[ ! -e $stamp ]]; then
+    "$(bash tools/bootstrap.sh --find)" -m venv --clear "$venv"
+    pip=("$python" -m pip --disable-pip-version-check -q)
+    "${pip[@]}" install -c constraints.txt -e . pytest pytest-timeout pytest-xdist hypothesis \
+        setuptools wheel ninja pybind11 einops ml_dtypes onnx onnxscript nvdlfw-inspect \
+        'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+        'nvidia-nvvm==13.0.*' 'nvidia-cudnn-frontend>=1.29' >&2
+    "${pip[@]}" install --no-deps "transformer-engine==$version" "transformer-engine-cu13==$version" >&2
+    # The wheel belongs to a version of torch and of Python.
+    wheels=$cache/$("$python" -c "import sys, torch; print('torch%s-cp%d%d' % (torch.__version__, *sys.version_info[:2]))")
+    ls "$wheels"/transformer_engine_torch-"$version"-*.whl >/dev/null 2>&1 || compile "$wheels"
+    "${pip[@]}" install --no-deps "$wheels"/transformer_engine_torch-"$version"-*.whl >&2
+    touch "$stamp"
+fi
+echo "$python"
