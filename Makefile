@@ -48,7 +48,7 @@ test-oldest:  ## the fast tests with the lowest versions that setup.py allows, i
 	@bash tools/bootstrap.sh --oldest $(data)
 	.venv-oldest/bin/python -m pytest $(workers) -m "not slow" --session-timeout=1500 --durations=20
 
-te-check:  ## the model on Transformer Engine without a GPU (the first time compiles it, for 40 minutes)
+te-check:  ## all but the forward pass of the model on Transformer Engine, without a GPU
 	python=$$(bash tests/te/environment.sh) && $$python -m pytest tests/te
 
 vllm-test: environment  ## the tests with real vLLM servers, in an environment of Python 3.11

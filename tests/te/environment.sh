@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv-te with Transformer Engine and this project, and print its Python. If it is up to
 # date, return immediately. No GPU is needed: Transformer Engine's extension of torch is compiled
-# with g++ against the CUDA packages of the registry, and kept in the user's cache folder, so that
-# only the first environment takes long.
+# with g++ against NVIDIA's CUDA packages, and kept in the user's cache folder.
 #
 # The extension is not optimized, because none of its kernels is called. Do not train with it.
 set -euo pipefail
@@ -13,21 +12,25 @@ python=$venv/bin/python
 stamp=$venv/.te-$version-$(cat setup.py constraints.txt | cksum | cut -d' ' -f1)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/megatron-et/wheels
 
-# compile WHEELS: build the wheel of transformer-engine-torch into a folder.
+# compile WHEELS: build the wheel of transformer-engine-torch into a folder. One file that includes all
+# sources takes a minute, where the sources one by one take half an hour.
 compile() {
-    local packages build
+    local packages build source
     packages=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     build=$(mktemp -d)
+    "${pip[@]}" download --no-deps --no-build-isolation --no-binary transformer-engine-torch \
+        -d "$build" "transformer-engine-torch==$version" >&2
+    tar -xzf "$build"/*.tar.gz -C "$build"
+    source=$(echo "$build"/*/csrc)
+    find "$source" -name '*.cpp' -exec mv {} {}.inc \;
+    find "$source" -name '*.inc' -printf '#include "%P"\n' | sort >"$build/all.cpp"
+    mv "$build/all.cpp" "$source"
     printf '#!/bin/sh\nexec g++ "$@" -O0\n' >"$build/g++"
     chmod +x "$build/g++"
     CUDA_HOME=$packages/nvidia/cu13 \
         CPLUS_INCLUDE_PATH=$(ls -d "$packages"/nvidia/*/include "$packages/include" | paste -sd:) \
-        CXX=$build/g++ PATH=$venv/bin:$PATH MAX_JOBS=${MAX_JOBS:-1} \
-        NVTE_PYTORCH_FORCE_BUILD=TRUE \
-        "${pip[@]}" wheel --no-deps --no-build-isolation --no-binary transformer-engine-torch \
-        -w "$build" "transformer-engine-torch==$version" >&2
-    mkdir -p "$1"
-    mv "$build"/*.whl "$1"
+        CXX=$build/g++ PATH=$venv/bin:$PATH NVTE_PYTORCH_FORCE_BUILD=TRUE \
+        "${pip[@]}" wheel --no-deps --no-build-isolation -w "$1" "${source%/csrc}" >&2
     rm -r "$build"
 }
 

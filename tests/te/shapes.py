@@ -6,6 +6,8 @@ It writes one JSON object per layout and implementation to FILE. Every rank is s
 process: the model and the optimizer are on the meta device, and collectives return at once.
 """
 
+# ruff: noqa: E402  the device is chosen before Megatron is imported
+
 import contextlib
 import io
 import json
@@ -46,7 +48,8 @@ from megatron_ext.planning.dry_run.simulated_rank import build, fake_rank
 from tests.training.layouts import LAYOUTS, MODEL, Layout
 
 TE = ("--transformer-impl", "transformer_engine")
-FP8 = ("--fp8-format", "hybrid", "--moe-router-padding-for-quantization")
+FP8 = ("--fp8-format", "hybrid")
+PADDED = ("--moe-router-padding-for-quantization",)  # which the all-gather dispatcher lacks
 GROUPED = (*TE, "--moe-grouped-gemm")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "torch": (),
@@ -87,6 +90,9 @@ def describe_rank(args: Namespace, config: ETConfig, rank: int) -> dict[str, Any
                 for name, parameter in named.items()
             },
             "marks": {name: marks(parameter) for name, parameter in named.items()},
+            "modules": sorted(
+                {type(module).__name__ for chunk in chunks for module in chunk.modules()}
+            ),
             "counts": asdict(count_parameters(model, args)),
             "saved": saved,
             "live": live,
@@ -111,7 +117,7 @@ def marks(parameter: torch.nn.Parameter) -> list[Any]:
 def sharded(chunks: list[torch.nn.Module], metadata: dict[str, Any]) -> tuple[Any, list[str]]:
     """Return the sharded tensors of a rank by name and position, and the names of other objects."""
     tensors, objects = {}, []
-    for number, chunk in enumerate(chunks):
+    for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         apply_factories(state)
         for part in nested_values(state):
@@ -140,6 +146,8 @@ def groups(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, li
 def describe(layout: Layout, implementation: str) -> Iterator[dict[str, Any]]:
     """Yield what every rank of a layout builds, and the tensors that conversion reads."""
     flags = [*MODEL, *layout.all_flags, *IMPLEMENTATIONS[implementation], "--fake-process-group"]
+    if "--fp8-format" in flags and "allgather" not in flags:
+        flags += PADDED
     with contextlib.redirect_stdout(io.StringIO()):
         args, config = parse_args(flags, writes=False, world_size=layout.ranks)
     architecture = from_args(args)

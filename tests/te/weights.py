@@ -6,6 +6,8 @@ It builds the model with the flags of a run, loads a checkpoint from LOAD unless
 the sum of every tensor that the live export yields to REPORT, and saves a checkpoint in SAVE.
 """
 
+# ruff: noqa: E402  the device is chosen before Megatron is imported
+
 import json
 import sys
 import zlib
@@ -28,6 +30,7 @@ from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.families import family_of
 from megatron_ext.hf.live import LiveTensors
 from megatron_ext.model.language_model import language_model_config
+from megatron_ext.moe.thresholds import Thresholds
 
 
 def main(report: Path, load: str, save: Path, flags: list[str]) -> None:
@@ -39,6 +42,10 @@ def main(report: Path, load: str, save: Path, flags: list[str]) -> None:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     metadata = _build_sharded_state_dict_metadata(args)
+    for number, module in enumerate(model.modules()):
+        if isinstance(module, Thresholds):  # without a step they have no value
+            module.average.fill_(number if load == "-" else 0)
+            module.updates.fill_(3)
     if load != "-":
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
