@@ -202,6 +202,7 @@ def wrap(model: list[torch.nn.Module], random: bool, ddp_config: Any, *rest: Any
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             parameter.is_managed_by_layer_wise_optimizer = _uses_muon(parameter, name)  # type: ignore[attr-defined]
+            parameter.use_muon = _uses_muon(parameter, name)  # type: ignore[attr-defined]  # of 0.20
     with patches.applied("matrix gradients"):
         return _wrap(model, random, ddp_config, *rest, **kw)
 

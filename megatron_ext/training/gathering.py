@@ -41,11 +41,13 @@ def gather_state(
 ) -> Any:
     """Return the state of all parameters on the first data-parallel rank, and None on the others.
 
-    On several GPUs, and for loading, Megatron's function is called.
+    On several GPUs, and for loading, Megatron's function is called. Its tensors lack the padding at
+    the end of each bucket, but its caller indexes them with it, and would save shifted values.
     """
     group = self.data_parallel_group
     if empty_data or (group.size() > 1 and not is_cpu_device()):
-        return _gather_buffers(self, use_gloo_comm, empty_data, return_on_all_ranks)
+        gathered = _gather_buffers(self, use_gloo_comm, empty_data, return_on_all_ranks)
+        return gathered if empty_data or gathered is None else _index_with_padding(self, gathered)
     result: dict[Any, Any] = {"buckets_coalesced": True}
     for number, ranges in enumerate(self.gbuf_ranges):
         buffer, [dtype] = self.buffers[number], ranges
@@ -62,6 +64,21 @@ def gather_state(
                     state.tensors[start] = tensor
         result[number] = {dtype: states}
     return result if group.rank() == 0 else None
+
+
+def _index_with_padding(self: DistributedOptimizer, gathered: dict[Any, Any]) -> dict[Any, Any]:
+    """Return gathered state that is indexed by the places of parameters in padded buckets."""
+    for number, ranges in enumerate(self.gbuf_ranges):
+        buffer, [dtype] = self.buffers[number], ranges
+        paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        tensors = gathered[number][dtype]
+        for key in ("param", *self.optimizer_state_keys):
+            state = _WholeState()
+            for start, end, bucket in buffer.param_index_map.values():
+                shift = sum(paddings[:bucket])
+                state.tensors[start] = tensors[key][start - shift : end - shift]
+            tensors[key] = state
+    return gathered
 
 
 def _shares(bucket: Any, start: int, end: int, size: int) -> dict[int, int]:

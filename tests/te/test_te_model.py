@@ -18,13 +18,10 @@ import pytest
 from tests.distributed import ROOT, torchrun
 from tests.training.layouts import EP2, LAYOUTS, MODEL, TP2, WHOLE_EXPERTS
 
-pytestmark = [
-    pytest.mark.skipif(
-        PathFinder.find_spec("transformer_engine") is None,
-        reason="needs transformer-engine, see make te-check",
-    ),
-    pytest.mark.timeout(1800),
-]
+if PathFinder.find_spec("transformer_engine") is None:
+    pytest.skip("needs transformer-engine, see make te-check", allow_module_level=True)
+
+pytestmark = pytest.mark.timeout(1800)
 
 # Each implementation, and that in plain torch of the same precision.
 BASELINES = {

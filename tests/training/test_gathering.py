@@ -77,3 +77,63 @@ def test_gathered_state_equals_that_of_megatron(ranks):
 def test_asynchronous_save_gets_a_copy_of_the_state():
     [(_, _, shared)] = run_ranks(gather, 1, True)
     assert not shared
+
+
+PADDED = [(20, 3), (5, 17, 1)]  # parameters of each bucket, which has 24 elements with padding
+
+
+def gather_buckets(on_gpu):
+    """Return, on the first rank, whether the state of every parameter is its own."""
+    from megatron_ext.training import gathering
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    part, index, buckets, ranges, state = 24 // size, {}, [], [], {}
+    for number, lengths in enumerate(PADDED):
+        offset = start = 24 * number
+        own = {}
+        for length in lengths:
+            param, end = torch.nn.Parameter(torch.empty(length)), start + length
+            index[param] = (start, end, number)
+            low = max(start, offset + rank * part)
+            high = min(end, offset + (rank + 1) * part)
+            if low < high:
+                first = low - offset - rank * part
+                own[param] = {"gbuf_local": SimpleNamespace(start=first, end=first + high - low)}
+                state[param] = {
+                    key: torch.arange(low, high).float() + 1000 * place
+                    for place, key in enumerate(KEYS)
+                }
+            start = end
+        ranges.append({"param_map": own})
+        buckets.append(
+            SimpleNamespace(grad_data=torch.empty(24), offset=offset, numel_unpadded=start - offset)
+        )
+    unpadded = sum(bucket.numel_unpadded for bucket in buckets)
+    assert unpadded < 48
+    sharded = SimpleNamespace(
+        data_parallel_group=dist.group.WORLD,
+        data_parallel_group_gloo=dist.group.WORLD,
+        gbuf_ranges=[{torch.float32: ranges}],
+        buffers=[SimpleNamespace(buckets=buckets, param_index_map=index, numel_unpadded=unpadded)],
+        optimizer_state_keys=KEYS[1:],
+        _get_main_param_and_optimizer_states=lambda param: dict(state[param]),
+    )
+    settings = SimpleNamespace(async_save=False)
+    with (
+        mock.patch.object(gathering, "get_args", return_value=settings),
+        mock.patch.object(gathering, "is_cpu_device", return_value=not on_gpu),
+    ):
+        gathered = gathering.gather_state(sharded)
+    if rank:
+        return gathered is None
+    tensors = gathered[0][torch.float32]
+    return all(
+        torch.equal(tensors[key][start:end], torch.arange(start, end).float() + 1000 * place)
+        for place, key in enumerate(KEYS)
+        for start, end, _ in index.values()
+    )
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_state_of_padded_buckets_belongs_to_its_parameter(on_gpu):
+    assert run_ranks(gather_buckets, 2, on_gpu) == [True, True]
