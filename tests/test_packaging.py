@@ -389,7 +389,7 @@ esac
 """
 FAKE_PIP = """
 case "$*" in
-*"-m pip install"*)
+*"pip install"*)
     test ! -e "$HOME/offline" || exit 1
     echo "$*" >>"$HOME/installed"
     ;;
@@ -420,6 +420,16 @@ def test_bootstrap_installs_once_until_the_packages_change(fresh):
         file.write("another==1.0\n")
     fresh.bootstrap()
     assert len(_installed(fresh)) == 2
+
+
+def test_bootstrap_installs_the_lowest_versions_into_a_separate_environment(fresh):
+    for _ in range(2):
+        assert fresh.bootstrap("--oldest").returncode == 0
+    uv, packages = _installed(fresh)
+    assert uv.endswith("-m pip install --disable-pip-version-check uv")
+    assert packages.endswith("--resolution lowest-direct -e .[dev]")
+    assert ".venv-oldest/bin/python" in packages and "constraints.txt" not in packages
+    assert not (fresh.project / ".venv").exists()
 
 
 def test_bootstrap_adds_packages_without_their_dependencies_once(fresh):

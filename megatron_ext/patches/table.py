@@ -28,7 +28,7 @@ GROUPS: dict[Group, str] = {
 }
 
 _MEGATRON = "megatron-core 0.19.2"
-_TORCH = "torch 2.13 and 2.14"
+_TORCH = "torch 2.9 to 2.14"
 _NOT_REPORTED = "Not reported."
 _NO_CPU = "Not a bug: Megatron supports CUDA only."
 _UNTIL_CPU = "When Megatron's trainer runs on a device other than CUDA."

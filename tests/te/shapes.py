@@ -134,6 +134,8 @@ def sharded(chunks: list[torch.nn.Module], metadata: dict[str, Any]) -> tuple[An
 def groups(optimizer: Any, named: dict[str, torch.nn.Parameter]) -> dict[str, list[Any]]:
     """Return the optimizer and the learning rate of every parameter."""
     names = {id(parameter): name for name, parameter in named.items()}
+    for name, parameter in named.items():  # in bf16 the optimizer steps copies in fp32
+        names[id(getattr(parameter, "main_param", parameter))] = name
     result = {}
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:

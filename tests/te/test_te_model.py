@@ -91,7 +91,7 @@ def test_muon_steps_each_matrix_of_each_expert(rows: Rows, implementation: str) 
     assert len(experts) == 3 * 4 * 2
     for name, kind in groups.items():
         matrix = re.search(r"linear_(qkv|proj|fc1|fc2)\.weight\d?$", name)
-        assert kind == ("TensorParallelMuon" if matrix else "AdamW"), name
+        assert kind == ("TensorParallelMuon" if matrix else "FusedAdam"), name
 
 
 @pytest.mark.parametrize("experts", [(), ("--moe-grouped-gemm",)], ids=["sequential", "grouped"])

@@ -173,7 +173,7 @@ class Rank:
         return SimulatedStep(memory, traffic.collectives, traffic.flops, logits, of_optimizer)
 
 
-def build(args: Namespace, config: ETConfig) -> tuple[list[torch.nn.Module], Any, Any]:
+def build(args: Namespace, config: ETConfig) -> tuple[Any, Any, Any]:
     """Return the stages, the optimizer and the scheduler of a rank, on the meta device.
 
     Args:
@@ -181,7 +181,7 @@ def build(args: Namespace, config: ETConfig) -> tuple[list[torch.nn.Module], Any
         config: Configuration of the model.
     """
     with torch.device("meta"):
-        built: tuple[list[torch.nn.Module], Any, Any] = training.setup_model_and_optimizer(
+        built: tuple[Any, Any, Any] = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             cfg_container=pretrain_cfg_container_from_args(
                 args, language_model_config(args, config)
