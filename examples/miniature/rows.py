@@ -54,6 +54,7 @@ _ROWS = (
     Row("et-adaptive-cold", "expert threshold, filters", "et-adaptive-cold"),
     Row("et-adaptive", "expert threshold, filters, warm-up", "et-adaptive"),
     Row("ec-no-shared", "expert choice, no shared expert", "ec-no-shared", pools=1),
+    Row("et-hybrid", "expert threshold, warm-up, Gated DeltaNet", "et-hybrid"),
     Row("et-no-shared", "expert threshold, warm-up, no shared expert", "et-no-shared"),
 )
 ROWS = {row.name: row for row in _ROWS}

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from tests.distributed import ROOT, run_ranks
 
 RECIPES = ROOT / "examples" / "recipes"
-ROUTERS = sorted(path.stem for path in (RECIPES / "routers").glob("*.yaml"))
+MINIATURE_ONLY = "et-hybrid"  # it has a pattern of 4 layers
+ROUTERS = sorted({path.stem for path in (RECIPES / "routers").glob("*.yaml")} - {MINIATURE_ONLY})
 # Number of data-parallel ranks that a recipe states.
 RANKS = {"d12": 16, "d20": 8, "modern": 64, "quickstart": 2}
+MINIATURES = [("miniature",), ("miniature", MINIATURE_ONLY)]
 POOL_RANKS = {"ec-2k": 1, "ec-8k": 4, "ec-64k": 8, "ec-256k": 8, "ec-512k": 16}
 RUNS = [
     *((name,) for name in RANKS),
@@ -23,7 +25,7 @@ RUNS = [
     ("d20", "ec-256k"),
     ("d20", "dense"),
 ]
-COUNTED = [("d12",), ("d12", "dense"), ("d20",), ("d20", "dense"), ("modern",)]
+COUNTED = [("d12",), ("d12", "dense"), ("d20",), ("d20", "dense"), ("modern",), *MINIATURES]
 Run = tuple[str, ...]
 
 
@@ -37,9 +39,10 @@ def _read(runs: list[Run]) -> dict[Run, dict[str, Any]]:
     dist.destroy_process_group()
     result: dict[Run, dict[str, Any]] = {}
     for run in runs:
-        files = [f"{run[0]}.yaml", *(f"routers/{name}.yaml" for name in run[1:])]
+        optimizer = ["optimizers/adamw.yaml"] if run in MINIATURES else []
+        files = [f"{run[0]}.yaml", *optimizer, *(f"routers/{name}.yaml" for name in run[1:])]
         flags = [word for file in files for word in ("--recipe", str(RECIPES / file))]
-        ranks = POOL_RANKS.get(run[-1], RANKS[run[0]])
+        ranks = POOL_RANKS.get(run[-1], RANKS.get(run[0], 1))
         args, config = parse_args([*flags, "--vocab-size", "65536", "--dry-run", str(ranks)])
         if config.uses_thresholds:
             check_pools(args, config)
@@ -91,6 +94,18 @@ def test_recipe_parameter_counts_equal_the_paper(read: dict[Run, dict[str, Any]]
         assert read[run]["active"] == pytest.approx(
             active, rel=5e-2 if run[0] == "modern" else 1e-3
         )
+
+
+@pytest.mark.slow
+def test_hybrid_miniature_has_the_parameters_of_the_miniature_up_to_its_convolutions() -> None:
+    [read] = run_ranks(_read, 1, MINIATURES)
+    with_attention, hybrid = (read[run] for run in MINIATURES)
+    assert (hybrid["num_layers"], hybrid["moe_layer_freq"]) == (4, [0, 1, 1, 1])
+    assert hybrid["linear_attention_freq"] == [1, 1, 1, 0]
+    # For each of 3 layers: gates of 4 heads twice, 256 channels of length 4, 2 numbers a head.
+    more = 3 * (2 * 4 * 128 + 256 * 4 + 2 * 4)
+    for name in ("total", "active"):
+        assert hybrid[name] - with_attention[name] == more, name
 
 
 @pytest.mark.slow
