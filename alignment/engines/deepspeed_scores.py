@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignment.engines.batch import TokenBatch
 from alignment.engines.protocol import TokenScores, align_scores
+from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import log_probs_of
 
 
@@ -75,6 +76,13 @@ class CausalScorer:
         mask = None
         positions = torch.arange(batch.length, device=batch.tokens.device).expand(batch.rows, -1)
         if batch.is_packed:
+            config = self.engine.module.config.get_text_config()
+            if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+                raise UserError(
+                    "Several samples per row of a model with linear attention (layer_types in "
+                    "config.json) are not supported by the DeepSpeed engine, which would mix them. "
+                    "Use the Megatron engine."
+                )
             mask, positions = self._mask(batch), batch.positions
         output = self.engine(
             input_ids=batch.tokens,

@@ -88,6 +88,12 @@ def start(
         unset_global_variables()  # the previous engine has references to its own arguments
         destroy_rerun_state_machine()
     model, frozen = source.model, optimization is None
+    if model.hybrid and not frozen and layout.tensor * layout.context > 1:
+        raise UserError(
+            "A model with Gated DeltaNet layers is trained with several samples per row, which "
+            "requires tensor and context parallel sizes of 1. Use data, expert or pipeline "
+            "parallelism."
+        )
     optimization = optimization or Optimization()
     dtype = dtype or (torch.float32 if is_cpu_device() else source.dtype)
     # From Megatron's default of 2 ** 32 a run would skip some 16 steps until gradients fit in fp16.

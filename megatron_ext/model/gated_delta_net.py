@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_ext import patches
 from megatron_ext.devices import is_cpu_device
+from megatron_ext.errors import UserError
 from megatron_ext.inference.cache import RaggedCache
 
 # Tokens of a chunk in torch. Autograd saves a multiple of its square for each chunk; on a CPU
@@ -46,16 +47,30 @@ class CachedGatedDeltaNet(GatedDeltaNet):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`.
 
+        The attention mask is the sample of every token, see `SDPAttention`, or None.
+
         Raises:
-            ValueError: Rows have several samples, whose states the layer would mix.
+            UserError: Rows have several samples, and their tokens are on several ranks.
         """
         cache = kwargs.get("inference_context")
         if isinstance(cache, RaggedCache):
             return self.out_proj(self._infer(hidden_states, cache).unsqueeze(1))
-        samples = args[0] if args else kwargs.get("attention_mask")
-        if samples is not None:
-            raise ValueError("a Gated DeltaNet layer cannot tell several samples of a row apart")
-        return super().forward(hidden_states, *args, **kwargs)
+        samples = kwargs.pop("attention_mask", None) if not args else args[0]
+        if samples is None:
+            return super().forward(hidden_states, None, *args[1:], **kwargs)
+        if self.config.sequence_parallel or self.cp_size > 1:
+            raise UserError(
+                "Several samples per row of a model with Gated DeltaNet layers require tensor and "
+                "context parallel sizes of 1: a layer processes each sample as a row. Use data, "
+                "expert or pipeline parallelism."
+            )
+        # A row for each sample, padded at its end.
+        tokens = hidden_states.transpose(0, 1).flatten(0, 1)  # row by row
+        sample, place = _samples_and_places(samples)
+        shape = (int(place.max()) + 1, int(sample.max()) + 1, hidden_states.shape[-1])
+        apart = tokens.new_zeros(shape).index_put((place, sample), tokens)
+        output, bias = super().forward(apart, None, *args[1:], **kwargs)
+        return output[place, sample].view(*samples.shape, -1).transpose(0, 1), bias
 
     def _infer(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
         """Return the input of the output projection, `[tokens, value dimension]`."""
@@ -120,6 +135,22 @@ class CachedGatedDeltaNet(GatedDeltaNet):
             )
         normalized = self._apply_gated_norm(output, gate)
         return normalized.reshape(rows * tokens, -1), inputs[..., tokens:], state
+
+
+def _samples_and_places(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of each token's sample among all rows', and its place in the sample.
+
+    Args:
+        samples: int64 `[rows, length]`, numbers that differ between neighboring samples of a row.
+
+    Returns:
+        int64 `[rows * length]` each.
+    """
+    begins = torch.ones_like(samples, dtype=torch.bool)
+    begins[:, 1:] = samples[:, 1:] != samples[:, :-1]
+    sample = begins.flatten().cumsum(0) - 1
+    first = begins.flatten().nonzero().squeeze(1)
+    return sample, torch.arange(len(sample), device=sample.device) - first[sample]
 
 
 def recurrent_step(

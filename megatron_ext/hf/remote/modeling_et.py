@@ -328,7 +328,9 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
             position_ids=position_ids,
         )
         padding_mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask is not None and self.config.layer_types is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError("a model with Gated DeltaNet layers needs a mask [batch, length]")
             padding_mask = attention_mask[:, -x.shape[1] :]
         rotary = self.rotary_emb(x, position_ids)
         if self.config.embedding_norm:
