@@ -172,6 +172,22 @@ def test_layout_resumes_from_every_other_layout(
 
 
 @pytest.mark.slow
+def test_filters_resume_on_other_layouts(tmp_path: Path) -> None:
+    adaptive = ("--et-threshold-estimator", "adaptive")
+    one, *others = TWO_RANKS
+    interval = ("--save-interval", str(SAVED))
+    expected = train(tmp_path / "one", one, *adaptive, *interval, save=True)
+    load = ("--load", str(tmp_path / "one" / "checkpoints"), "--ckpt-step", str(SAVED))
+    keys = [f"moe/layer_{layer:02d}/experts/threshold" for layer in (1, 2, 3)]
+    for number, target in enumerate(others):
+        until = ("--exit-interval", str(WATCHED))
+        rows = train(tmp_path / str(number), target, *adaptive, *load, *until)
+        assert [rows[0][key] for key in keys] == [expected[SAVED][key] for key in keys], target.name
+        result = difference(rows, expected[SAVED:WATCHED])
+        assert holds(result, target), (target.name, result)
+
+
+@pytest.mark.slow
 def test_resume_refuses_state_that_cannot_be_resharded(tmp_path: Path) -> None:
     from megatron_ext.errors import UserError
 
