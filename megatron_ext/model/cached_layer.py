@@ -1,5 +1,6 @@
 """Halves of a transformer layer that also run with this project's key-value cache."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class _CachedLayer(TransformerLayer):
             residual = residual.float()
         return residual + (output if bias is None else output + bias), None
 
+    @abstractmethod
     def _infer(self, hidden: Tensor, cache: RaggedCache, rotary: Tensor | None) -> Any:
         """Return the output that is added to `hidden`, and its bias or None."""
-        raise NotImplementedError
 
 
 class AttentionLayer(_CachedLayer):
