@@ -21,8 +21,10 @@ import torch.distributed as dist
 
 from alignment.engines.protocol import AlignmentEngine
 from alignment.ranks import on_first_rank
-from alignment.rl.vllm_servers import VLLMServer, VLLMServers
+from alignment.rl.vllm_servers import ServerRefused, VLLMServer, VLLMServers
 from megatron_ext.errors import UserError
+from megatron_ext.hf.families import OWN
+from megatron_ext.model_location import read_json_object
 
 
 class WeightTransfer(Protocol):
@@ -93,10 +95,37 @@ class FolderTransfer:
 
     async def reload_lost_server(self, version: int, server: VLLMServer) -> None:
         """Let one server read a version; see `WeightTransfer.reload_lost_server`."""
+        await self._refuse_stale_head(server)
         folder = str(self._folder(version))
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         call = server.post("/collective_rpc", body)
         await server.while_healthy(call, lambda: f"loads {folder}")
+
+    async def _refuse_stale_head(self, server: VLLMServer) -> None:
+        """Refuse a server on a CPU that would answer from the output layer that it started with.
+
+        Raises:
+            UserError: The output layer is tied to the embeddings, or that cannot be read.
+        """
+        try:
+            call = server.get("/server_info?config_format=json")
+            config = (await server.while_healthy(call))["vllm_config"]
+            device, settings = config["device_config"]["device"], config["model_config"]
+            model, remote_code = settings["model"], settings["trust_remote_code"]
+        except (ServerRefused, KeyError, TypeError):
+            return  # a version of vLLM without this route
+        if not device.startswith("cpu"):
+            return
+        latest = self.root / "latest"
+        served, written = (read_json_object(Path(f) / "config.json") for f in (model, latest))
+        if served.get("model_type") == OWN.name and not remote_code:
+            return  # the plug-in has a separate output layer
+        if served.get("tie_word_embeddings") != written.get("tie_word_embeddings"):
+            raise UserError(
+                f"{server.url} serves {model} on a CPU, where vLLM loads an output layer that is "
+                "tied to the embeddings only once, and its config.json does not state that it is "
+                f"untied. Start the server from {latest}, or use --weight-transfer gloo."
+            )
 
     def _folder(self, version: int) -> Path:
         return self.root / f"v{version:06d}"

@@ -9,13 +9,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     get_layerwise_info,
     initialize_layerwise_reload,
 )
-from vllm.platforms import current_platform
 
 from megatron_ext.vllm.weight_stream import Stream, TensorPlace, receive
 
@@ -58,26 +61,24 @@ class StreamEngine(WeightTransferEngine[StreamInitInfo, StreamUpdateInfo]):
     update_info_cls = StreamUpdateInfo
 
     def init_transfer_engine(self, init_info: StreamInitInfo) -> None:
-        """Remember the next stream, which `receive_weights` requests.
-
-        Raises:
-            ValueError: The model has a layer that vLLM does not update.
-        """
-        tied = getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)
-        if current_platform.is_cpu() and getattr(self.model, "tied", tied):
-            raise ValueError(
-                "On CPUs vLLM does not load an output layer again that is tied to the embeddings. "
-                "Use --weight-transfer folder."
-            )
+        """Remember the next stream, which `receive_weights` requests."""
         self.stream = Stream(**init_info.stream)  # type: ignore[arg-type]
 
     def start_weight_update(self) -> None:
         """Let every layer process its weights when all of them have arrived."""
+        # Meanwhile an output layer that is tied to the embeddings has a separate parameter.
+        self.required = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         """End the loading of layers by their parts."""
         finalize_layerwise_reload(self.model, self.model_config)
+        # On CPUs an output layer computes with a packed copy of its weight, which vLLM makes when
+        # it loads the layer. It never loads one that is tied to the embeddings.
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(layer, ParallelLMHead) and isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(layer)  # does nothing on GPUs
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         """Receive a stream and load it.
@@ -103,7 +104,7 @@ class StreamEngine(WeightTransferEngine[StreamInitInfo, StreamUpdateInfo]):
         parallel = self.parallel_config
         rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         size = parallel.world_size_across_dp
-        missing = {name for name, _ in self.model.named_parameters()}
+        missing = set(self.required)
         for tensors in receive(self.stream, update_info.buckets, 1 + rank, 1 + size, self.device):
             missing -= self.model.load_weights(tensors) or set()
         if self.vllm_config.quant_config is None:

@@ -15,6 +15,7 @@ import torch
 from megatron_ext.errors import UserError
 from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
 from megatron_ext.vllm import TRANSFER_BACK_END
+from tests.alignment.chat_model import make_model as make_dense
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import (
@@ -117,6 +118,35 @@ def test_a_server_that_is_killed_in_a_step_and_restarted_gets_its_weights(expert
         for place, token in enumerate(line["tokens"], len(prompt) - 1):
             value = line["log_probs"][place - len(prompt) + 1]
             assert value == pytest.approx(float(table[place, token]), abs=FP32)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A dense policy with a tied output layer, and a server that was started from it."""
+    place = tmp_path_factory.mktemp("tied")
+    make_dense(
+        place / "model", num_hidden_layers=1, max_position_embeddings=512, head_dim=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with serve(place / "model", "--max-model-len", "512", *BACK_END, log=place / "log") as url:
+        yield SimpleNamespace(model=place / "model", url=f"{url}/v1")
+
+
+def test_a_stream_updates_a_tied_output_layer(tied, tmp_path):
+    [(rows, _)] = run_ranks(
+        learn, 1, tied.model, tmp_path / "run", tied.url, 60.0, False, 16, False, 64,
+        partial(recording_transfer, tmp_path, "gloo"), timeout=300,
+    )  # fmt: skip
+    assert len(rows) == 3
+    for row in rows:
+        assert row["rollout_gap_max"] < FP32
+        assert row["grad_norm"] > 0.01
+
+
+def test_a_tied_output_layer_that_a_folder_would_not_update_is_refused(tied, tmp_path):
+    message = r"loads an output layer that is tied .* only once.*run/served/latest, or use --weig"
+    with pytest.raises(Exception, match=message):
+        run_ranks(learn, 1, tied.model, tmp_path / "run", tied.url, 60.0, timeout=300)
 
 
 def update_wrongly(folder, url):
