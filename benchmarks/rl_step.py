@@ -23,6 +23,13 @@ TRL requires a separate Python environment:
         [--pairs 3] [--steps 3] [--seq-length 96] [--micro-batch 8]
 
 Without --trl-python it times this project alone.
+
+    python benchmarks/rl_step.py --kinds weights --vllm-python .venv-vllm/bin/python [--steps 3]
+
+times each --weight-transfer of a policy of 163 million parameters to a vLLM server on this machine:
+
+    prepare   seconds in which the training writes or packs the weights, while the server answers
+    update    seconds from the pause of the server until it answers again, with the new weights
 """
 
 import argparse
@@ -40,6 +47,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.fspath(ROOT))
+
+from benchmarks._weight_transfer import weight_rows  # noqa: E402
 
 VOCAB = 32000
 PARTS = ("rollout", "judging", "training", "seconds", "cpu")
@@ -195,6 +204,11 @@ def run_steps(command: Sequence[str], settings: dict[str, Any]) -> list[dict[str
 
 def main() -> None:
     options = parse()
+    if "weights" in options.kinds:
+        options.kinds.remove("weights")
+        print_weights(weight_rows(options.vllm_python, options.steps))
+    if not options.kinds:
+        return
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -230,6 +244,14 @@ def main() -> None:
         print(json.dumps(row))
 
 
+def print_weights(rows: Sequence[dict[str, Any]]) -> None:
+    print("".join(f"{head:>10}" for head in rows[0]))
+    for row in rows:
+        print("".join(f"{cell:>10}" for cell in row.values()))
+    for row in rows:
+        print(json.dumps(row))
+
+
 def print_table(rows: Sequence[dict[str, Any]], load: float) -> None:
     print(f"load average {load:.1f} on {os.cpu_count()} cores")
     heads = ["kind", "by", "engine", "ranks", "rollout", "judging", "training", "step", "cpu"]
@@ -256,8 +278,13 @@ def parse() -> argparse.Namespace:
         help="Engine of this project. Default: %(default)s.")  # fmt: skip
     add("--ranks", type=int, default=1, help="Number of processes. Default: %(default)s.")
     add("--threads", type=int, default=1, help="Threads per process. Default: %(default)s.")
-    add("--kinds", nargs="+", choices=["rl", "sft"], default=["rl", "sft"],
-        help="Kinds of steps to time. Default: both.")  # fmt: skip
+    add("--kinds", nargs="+", choices=["rl", "sft", "weights"], default=["rl", "sft"],
+        help="Kinds of steps to time, and transfers of weights. Default: %(default)s.")  # fmt: skip
+    add(
+        "--vllm-python",
+        metavar="FILE",
+        help="Python of an environment with vLLM and the plug-in, for --kinds weights.",
+    )
     add(
         "--pairs",
         type=int,
@@ -293,7 +320,10 @@ def parse() -> argparse.Namespace:
         help="Length in tokens of packed rows of this project. Default: %(default)s.")  # fmt: skip
     add("--micro-batch", type=int, default=8,
         help="Rows of a micro-batch. Default: %(default)s.")  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "weights" in options.kinds and not options.vllm_python:
+        parser.error("--kinds weights requires --vllm-python. Name the Python of vLLM.")
+    return options
 
 
 if __name__ == "__main__":
