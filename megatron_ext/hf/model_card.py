@@ -230,8 +230,8 @@ def _routing(facts: CardFacts, fan_out: FanOut) -> str:
             "",
             f"`max_fan_out` in config.json is {facts.max_fan_out}. On a GPU, a vLLM server with "
             "the plug-in is written to reserve memory for this mean fan-out of a batch and to end "
-            "with an error on a batch above it, which has not been run. On a CPU the entry has no "
-            "effect. Without it, memory for every expert is reserved, which is always enough.",
+            "with an error on a batch above it, which has not been run. On a CPU such a batch is "
+            "a warning. Without the entry, memory for every expert is reserved, which is enough.",
         ]
     )
 

@@ -4,11 +4,16 @@ Two functions compute the same sum. :func:`loop_over_experts` is the reference a
 CPUs. :func:`grouped_experts` never waits for the device: its shapes do not depend on the routing.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.hf.remote.modeling_et import GATES
+
+Product = Callable[[Tensor], Tensor]
+"""Projection of rows `[rows, inputs]` to `[rows, outputs]`."""
 
 
 def activate(inner: Tensor, gated: bool) -> Tensor:
@@ -36,7 +41,12 @@ def route(tokens: Tensor, router: Tensor, thresholds: Tensor, gate: str) -> tupl
 
 
 def loop_over_experts(
-    tokens: Tensor, weights: Tensor, routing_map: Tensor, up: Tensor, down: Tensor, gated: bool
+    tokens: Tensor,
+    weights: Tensor,
+    routing_map: Tensor,
+    up: Sequence[Product],
+    down: Sequence[Product],
+    gated: bool,
 ) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs, one expert after the other.
 
@@ -44,21 +54,39 @@ def loop_over_experts(
         tokens: Hidden states, `[tokens, hidden]`.
         weights: Weights, fp32 `[tokens, experts]`.
         routing_map: Whether a token is sent to an expert, bool `[tokens, experts]`.
-        up: First projections, `[experts, inner, hidden]`; with `gated` the gates come first.
-        down: Second projections, `[experts, hidden, inner]`.
+        up: First projection of each expert, to `inner`; with `gated` to `2 * inner`, the gate's
+            half first.
+        down: Second projection of each expert, from `inner`.
         gated: Whether the experts are SwiGLU and not squared ReLU.
 
     Returns:
         `[tokens, hidden]`, in the data type of `tokens`.
     """
+    expert_of_row, token_of_row = routing_map.t().nonzero(as_tuple=True)
     output = torch.zeros_like(tokens)
-    for expert, places in enumerate(routing_map.t()):
-        chosen = places.nonzero().squeeze(1)
-        if chosen.numel():
-            inner = activate(F.linear(tokens[chosen], up[expert]), gated)
-            inner = inner * weights[chosen, expert, None].to(inner.dtype)
-            output.index_add_(0, chosen, F.linear(inner, down[expert]))
-    return output
+    if not len(token_of_row):
+        return output
+    counts = [(expert, n) for expert, n in enumerate(routing_map.sum(0).tolist()) if n]
+
+    def project(rows: Tensor, products: Sequence[Product]) -> Tensor:
+        parts = rows.split([n for _, n in counts])
+        return torch.cat([products[expert](part) for (expert, _), part in zip(counts, parts)])
+
+    inner = activate(project(tokens[token_of_row], up), gated)
+    inner = inner * weights[token_of_row, expert_of_row, None].to(inner.dtype)
+    return output.index_add_(0, token_of_row, project(inner, down))
+
+
+def buffer_rows(tokens: int, experts: int, max_fan_out: int) -> int:
+    """Return for how many pairs of token and expert a batch has space.
+
+    Args:
+        tokens: Number of tokens of the batch.
+        experts: Number of experts.
+        max_fan_out: Largest mean fan-out of a batch. There is space for one more token of every
+            expert, as the mean of a few tokens varies most.
+    """
+    return min(tokens * experts, tokens * max_fan_out + experts)
 
 
 def grouped_experts(
@@ -68,12 +96,12 @@ def grouped_experts(
     up: Tensor,
     down: Tensor,
     gated: bool,
-    max_fan_out: int,
+    rows: int,
 ) -> Tensor:
     """Return the sum of :func:`loop_over_experts` by two grouped matrix products.
 
-    The chosen pairs of expert and token are moved to the front of a buffer of `tokens *
-    max_fan_out` rows, sorted by expert. The products skip the rows behind them.
+    The chosen pairs of expert and token are moved to the front of a buffer, sorted by expert. The
+    products skip the rows behind them.
 
     Args:
         tokens: Hidden states, `[tokens, hidden]`.
@@ -82,7 +110,7 @@ def grouped_experts(
         up: First projections, `[experts, inner, hidden]`; with `gated` the gates come first.
         down: Second projections, `[experts, hidden, inner]`.
         gated: Whether the experts are SwiGLU and not squared ReLU.
-        max_fan_out: Largest mean fan-out of the tokens for which the buffer has space.
+        rows: Number of rows of the buffer; see :func:`buffer_rows`.
 
     Returns:
         `[tokens, hidden]`, in the data type of `tokens`.
@@ -90,7 +118,6 @@ def grouped_experts(
     Raises:
         RuntimeError: More pairs were chosen. On a GPU the error is raised by the device, later.
     """
-    rows = tokens.shape[0] * min(max_fan_out, routing_map.shape[1])
     by_expert = routing_map.t()
     ends = by_expert.sum(1).cumsum(0)  # [experts], end of each expert's rows
     torch._assert_async(

@@ -11,7 +11,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.activation import ReLUSquaredActivation, SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -28,39 +27,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
-from megatron_ext.vllm.experts import grouped_experts, loop_over_experts, route
-
-
-@torch.library.custom_op("megatron_et::experts", mutates_args=())
-def _experts(
-    tokens: Tensor,
-    weights: Tensor,
-    routing_map: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gated: bool,
-    max_fan_out: int,
-) -> Tensor:
-    """Return the sum over experts; one operation to torch.compile, which sees no shapes in it."""
-    if tokens.device.type == "cpu":
-        return loop_over_experts(tokens, weights, routing_map, up, down, gated)
-    # Runs that measure memory use made-up tokens, which may be routed to any number of experts.
-    if not is_forward_context_available() or get_forward_context().attn_metadata is None:
-        max_fan_out = routing_map.shape[1]
-    return grouped_experts(tokens, weights, routing_map, up, down, gated, max_fan_out)
-
-
-@_experts.register_fake
-def _(
-    tokens: Tensor,
-    weights: Tensor,
-    routing_map: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gated: bool,
-    max_fan_out: int,
-) -> Tensor:
-    return torch.empty_like(tokens)
+from megatron_ext.vllm.experts import route
+from megatron_ext.vllm.stacked_experts import StackedExperts
 
 
 class ExpertThresholdMLP(nn.Module):
@@ -102,16 +70,6 @@ class ExpertThresholdGate(nn.Module):
         self.thresholds = nn.Parameter(thresholds, requires_grad=False)
 
 
-class StackedExperts(nn.Module):
-    """First and second projections of all local experts of a layer."""
-
-    def __init__(self, experts: int, inner: int, hidden: int, gated: bool) -> None:
-        super().__init__()
-        up = torch.empty(experts, inner * (1 + gated), hidden)
-        self.up = nn.Parameter(up, requires_grad=False)
-        self.down = nn.Parameter(torch.empty(experts, hidden, inner), requires_grad=False)
-
-
 class ExpertThresholdMoE(nn.Module):
     """Mixture-of-experts block with an optional shared expert.
 
@@ -137,10 +95,14 @@ class ExpertThresholdMoE(nn.Module):
         local_inner = inner if self.whole_experts else share
         # The dummy weights of --load-format dummy are routed to half of all experts.
         dummy = vllm_config.load_config.load_format == "dummy"
-        self.max_fan_out = experts if dummy else (config.max_fan_out or experts)
+        max_fan_out = experts if dummy else (config.max_fan_out or experts)
         self.router_gate = config.router_gate
         self.gate = ExpertThresholdGate(experts, config.hidden_size)
-        self.experts = StackedExperts(local_experts, local_inner, config.hidden_size, self.gated)
+        self.experts = StackedExperts(
+            local_experts, local_inner, config.hidden_size, self.gated, max_fan_out
+        )
+        self.experts_name = f"{prefix}.experts"
+        vllm_config.compilation_config.static_forward_context[self.experts_name] = self.experts
         for parameter in self.experts.parameters():
             set_weight_attrs(parameter, {"weight_loader": self.load_expert})
         shared = config.shared_expert_intermediate_size
@@ -175,15 +137,12 @@ class ExpertThresholdMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the block for `x` `[tokens, hidden]`."""
         weights, routing_map = route(x, self.gate.weight, self.gate.thresholds, self.router_gate)
-        output = torch.ops.megatron_et.experts(
-            x,
-            weights[:, self.local],
-            routing_map[:, self.local],
-            self.experts.up,
-            self.experts.down,
-            self.gated,
-            self.max_fan_out,
-        )
+        if self.whole_experts:
+            weights, routing_map = weights[:, self.local], routing_map[:, self.local]
+        if torch.compiler.is_compiling():
+            output = torch.ops.megatron_et.experts(x, weights, routing_map, self.experts_name)
+        else:  # without the operation's overhead
+            output = self.experts(x, weights, routing_map)
         if self.shared_expert is not None:
             output = output + self.shared_expert(x)
         return tensor_model_parallel_all_reduce(output) if self.ranks > 1 else output

@@ -1,5 +1,7 @@
 """Expert Threshold models in a real vLLM: log-probabilities equal those of transformers."""
 
+import json
+import os
 import random
 import subprocess
 import time
@@ -8,7 +10,7 @@ import httpx
 import pytest
 import torch
 
-from tests.vllm.servers import VOCAB, complete, make_model, serve, start, stop
+from tests.vllm.servers import VOCAB, complete, make_model, serve, start, stop, vllm_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 # Greedy tokens alone do not show a missing softcap, which changes log-probabilities by 0.4 nats.
@@ -63,6 +65,8 @@ def assert_equal(model, url):
 @pytest.mark.parametrize("kind", ["paper", "upcycled"])
 def test_plug_in_equals_transformers_before_and_after_a_reload(kind, tmp_path):
     model = make_model(tmp_path / "first", kind)
+    config = tmp_path / "first" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_fan_out": 1}))
     # Chunked prefill: the longest prompt takes 63 passes. Prefix caching is on by default.
     flags = ["--enable-chunked-prefill", "--max-num-batched-tokens", "32"]
     with serve(tmp_path / "first", *flags, log=tmp_path / "log") as url:
@@ -76,6 +80,8 @@ def test_plug_in_equals_transformers_before_and_after_a_reload(kind, tmp_path):
         response = httpx.post(f"{url}/reset_prefix_cache", timeout=60)
         assert response.json()["success"] is not False
         assert_equal(other, url)
+    # The experts have no buffer on a CPU, and answer right above the cap.
+    assert "A batch was routed to more experts than max_fan_out" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("kind", ["paper", "upcycled"])
@@ -142,3 +148,21 @@ def test_thresholds_without_a_value_are_refused(tmp_path):
 def test_heads_that_cpus_do_not_have_are_refused(tmp_path):
     make_model(tmp_path / "model", "paper", head_dim=16)
     assert "no heads of size 16 (head_dim in config.json)" in refused(tmp_path / "model", tmp_path)
+
+
+@pytest.mark.parametrize("version, registered", [("0.32.5", True), ("0.33.0", False)])
+def test_versions_of_vllm_that_were_not_tested_are_refused(version, registered):
+    code = f"""
+import vllm
+vllm.__version__ = "{version}"
+from megatron_ext.vllm import register
+register()
+print("ExpertThresholdForCausalLM" in vllm.ModelRegistry.get_supported_archs())
+"""
+    # Without plug-ins, as vLLM itself would have loaded this one before.
+    environment = os.environ | {"VLLM_PLUGINS": "none"}
+    command = [vllm_python(), "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(registered)
+    message = f"tested with vLLM 0.32, and this is {version}"
+    assert (message in done.stdout + done.stderr) is not registered

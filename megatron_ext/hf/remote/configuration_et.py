@@ -21,8 +21,8 @@ class ExpertThresholdConfig(PreTrainedConfig):
         mean_experts: Mean fan-out if it is not an integer.
         threshold_estimator: Estimator of the thresholds, "ema" or "adaptive", for training.
         threshold_ema_decay: Decay of the moving average of the thresholds, for training.
-        max_fan_out: Largest mean fan-out of a batch for which a server reserves memory; None for
-            the number of experts. A server refuses batches above it.
+        max_fan_out: Largest mean fan-out of a batch for which a server on a GPU reserves memory;
+            None for the number of experts. It refuses batches above it, and one on a CPU warns.
         layer_types: For each layer, "full_attention", or "linear_attention" for a Gated DeltaNet
             layer; None if all layers have attention.
         linear_num_key_heads: Number of query and key heads of Gated DeltaNet layers.
