@@ -63,7 +63,7 @@ def time_transfers(folder: Path, url: str, rounds: int) -> list[dict[str, Any]]:
         }
         transfers["folder"] = FolderTransfer(engine, Path(place))
         for transfer in transfers.values():
-            transfer.prepare = _Timed(transfer.prepare)  # type: ignore[method-assign]
+            transfer.prepare = _Timed(transfer.prepare)  # type: ignore[method-assign, assignment]
         for _ in range(rounds + 1):
             for name in TRANSFERS:
                 transfer = transfers[name]
@@ -85,7 +85,7 @@ def time_transfers(folder: Path, url: str, rounds: int) -> list[dict[str, Any]]:
 
 
 class _Timed:
-    """Function that remembers how many seconds its last call took."""
+    """Function with the duration of its last call, in seconds."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function, self.seconds = function, 0.0

@@ -28,8 +28,10 @@ class PackedProducts(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Pack the weights as vLLM packs those of its linear layers, and free them."""
-        layer.products = {name: [_pack(w) for w in p.data] for name, p in layer.named_parameters()}
-        for name, parameter in list(layer.named_parameters()):
+        assert isinstance(layer, StackedExperts)
+        weights = dict(layer.named_parameters())
+        layer.products = {name: [_pack(w) for w in stack.data] for name, stack in weights.items()}
+        for name, parameter in weights.items():
             empty = nn.Parameter(parameter.new_empty(0), requires_grad=False)
             layer.register_parameter(name, empty)
 
@@ -73,8 +75,9 @@ class StackedExperts(nn.Module):
         measured = get_forward_context().attn_metadata is None
         rows = buffer_rows(count, experts, experts if measured else self.max_fan_out)
         if tokens.device.type != "cpu":
-            up, down = self.up, self.down
-            return grouped_experts(tokens, weights, routing_map, up, down, self.gated, rows)
+            return grouped_experts(
+                tokens, weights, routing_map, self.up, self.down, self.gated, rows
+            )
         if rows < count * experts and int(routing_map.sum()) > rows:
             logger.warning_once(
                 "A batch was routed to more experts than max_fan_out in config.json, %d, allows. "
