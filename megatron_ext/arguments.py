@@ -178,8 +178,8 @@ def _initialize_globals(args: Namespace) -> None:
         MultiStorageClientFeature.enable()
         if not MultiStorageClientFeature.is_enabled():
             raise UserError(
-                "--enable-msc needs the package multi-storage-client: install it, or leave the "
-                "flag out"
+                "--enable-msc needs the package multi-storage-client. Install it, or leave the "
+                "flag out."
             )
     else:
         args.enable_msc = False
@@ -187,7 +187,7 @@ def _initialize_globals(args: Namespace) -> None:
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UserError(
-                "--use-checkpoint-args needs --load or --pretrained-checkpoint: add one"
+                "--use-checkpoint-args needs --load or --pretrained-checkpoint. Add one."
             )
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
@@ -233,14 +233,14 @@ def _dry_run_flags(args: Namespace) -> list[str]:
     if args.dry_run < 1:
         raise UserError(f"--dry-run {args.dry_run} must be at least one rank.")
     if not is_cpu_device():
-        raise UserError("dry_run in a recipe has no effect: use --dry-run on the command line")
+        raise UserError("dry_run in a recipe has no effect. Use --dry-run on the command line.")
     flags = [*device_default_args(), "--fake-process-group"]  # these override the recipe
     flags += _NO_TRACKERS
     flags += tokenizer_flags(args, set())
     file, type_is_set = args.tokenizer_model, args.tokenizer_type or "--tokenizer-type" in flags
     if not type_is_set or (file is not None and not Path(file).exists()):
         if args.vocab_size is None:
-            raise UserError("--dry-run needs --vocab-size, or an existing --tokenizer-model")
+            raise UserError("--dry-run needs --vocab-size, or an existing --tokenizer-model.")
         flags += ["--tokenizer-type", "NullTokenizer"]
     return flags
 
@@ -255,16 +255,16 @@ def _explicit(argv: Sequence[str], parser: ArgumentParser) -> set[str]:
 def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
     """Refuse mistakes that Megatron reports as a stack trace, or not at all."""
     if args.stall_timeout is not None and args.stall_timeout <= 0:
-        raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds")
+        raise UserError(f"--stall-timeout {args.stall_timeout:g} must be above 0 seconds.")
     if args.device is not None and args.dry_run is None:
-        raise UserError("--device requires --dry-run: add it, or leave --device out.")
+        raise UserError("--device requires --dry-run. Add it, or leave --device out.")
     expand_layer_pattern(args, explicit)
     check_layout(args, args.world_size)
     check_ranges(args, args.world_size)
     if args.dry_run is None:
         tracker_settings(args).check()
     if args.yaml_cfg is not None:
-        raise UserError("--yaml-cfg is not supported: use --recipe")
+        raise UserError("--yaml-cfg is not supported. Use --recipe.")
     check_unsupported(args)
     for warning in check_conflicts(args, explicit):
         if os.environ.get("RANK", "0") == "0":
@@ -273,11 +273,11 @@ def _check_before_megatron(args: Namespace, explicit: set[str]) -> None:
     model, kind = args.tokenizer_model, args.tokenizer_type  # other types may be on a hub
     is_file = Path(model or "").is_file()
     if (kind in ("SentencePieceTokenizer", "TikTokenizer") and not is_file) or (model and not kind):
-        raise UserError(f"--tokenizer-model {model} does not exist: check the path")
+        raise UserError(f"--tokenizer-model {model} does not exist. Check the path.")
     if args.reset_attention_mask:
         raise UserError(
-            "--reset-attention-mask is not supported, because attention is always causal: leave it "
-            "out"
+            "--reset-attention-mask is not supported, because attention is always causal. Leave it "
+            "out."
         )
     if args.dry_run is None:
         _check_folders(args)
@@ -289,8 +289,8 @@ def _async_save_flags(args: Namespace, explicit: set[str]) -> list[str]:
     if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
         if "async_strategy" in explicit:
             raise UserError(
-                "--async-strategy nvrx needs the package nvidia-resiliency-ext: install it, or "
-                "use mcore"
+                "--async-strategy nvrx needs the package nvidia-resiliency-ext. Install it, or "
+                "use mcore."
             )
         flags += ["--async-strategy", "mcore"]
     return flags
@@ -307,7 +307,7 @@ def _check_folders(args: Namespace) -> None:
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             option = "--" + flag.replace("_", "-")
             why = "is not a folder" if not existing.is_dir() else "is not writable"
-            raise UserError(f"{option} {folder} cannot be written: {existing} {why}")
+            raise UserError(f"{option} {folder} cannot be written: {existing} {why}. Give another.")
 
 
 def explained(call: Callable[[], Any]) -> Any:

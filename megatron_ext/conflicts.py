@@ -17,20 +17,23 @@ _MUON_FLAGS = (
 
 # Settings that Megatron's Muon fails on or ignores: a harmless value and the advice.
 _NOT_WITH_MUON = {
-    "fp16": (False, "use --bf16"),
-    "decoupled_lr": (None, "use --muon-embedding-lr and --muon-head-lr"),
+    "fp16": (False, "Use --bf16."),
+    "decoupled_lr": (None, "Use --muon-embedding-lr and --muon-head-lr."),
     "decoupled_min_lr": (
         None,
-        "every learning rate decays to the same fraction of its peak; leave it out",
+        "Leave it out: every learning rate decays to the same fraction of its peak.",
     ),
-    "use_mup": (False, "use --muon-reference-width, which scales learning rates by width"),
-    "optimizer_cpu_offload": (False, "its matrices stay on the device; leave it out"),
-    "use_precision_aware_optimizer": (False, "its state is fp32; leave it out"),
-    "moe_single_grouped_weight": (False, "it needs a matrix for each expert; leave it out"),
-    "overlap_param_gather_with_optimizer_step": (False, "use --overlap-param-gather alone"),
-    "num_distributed_optimizer_instances": (1, "it supports one instance; leave it out"),
-    "distrib_optim_fully_reshardable_mem_efficient": (False, "it gathers on devices; leave it out"),
-    "use_layer_wise_param_layout": (True, "its checkpoints could not be resumed; leave it out"),
+    "use_mup": (False, "Use --muon-reference-width, which scales learning rates by width."),
+    "optimizer_cpu_offload": (False, "Leave it out: matrices stay on the device."),
+    "use_precision_aware_optimizer": (False, "Leave it out: the state is fp32."),
+    "moe_single_grouped_weight": (False, "Leave it out: Muon needs a matrix for each expert."),
+    "overlap_param_gather_with_optimizer_step": (False, "Use --overlap-param-gather alone."),
+    "num_distributed_optimizer_instances": (1, "Leave it out: Muon supports one instance."),
+    "distrib_optim_fully_reshardable_mem_efficient": (
+        False,
+        "Leave it out: Muon gathers on devices.",
+    ),
+    "use_layer_wise_param_layout": (True, "Leave it out: such checkpoints could not be resumed."),
 }
 
 
@@ -50,33 +53,33 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
     if args.train_iters and args.train_samples:
         raise UserError(
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both set "
-            "the length of training: use one of them"
+            "the length of training. Use one of them."
         )
     if args.bf16 and args.fp16:
-        raise UserError("--bf16 and --fp16 both set the precision: use one of them")
+        raise UserError("--bf16 and --fp16 both set the precision. Use one of them.")
     if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
-        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1: add it")
+        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size of at least 1. Add it.")
     if not args.skip_train:
         _check_steps(args)
     pattern, layers = args.moe_layer_freq, args.num_layers
     if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
         raise UserError(
-            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}: use one "
-            "number for each layer"
+            f"--moe-layer-freq is a list of {len(pattern)}, but --num-layers is {layers}. Use one "
+            "number for each layer."
         )
     _check_linear_attention(args)
     if find_spec("transformer_engine") is None:
         _check_without_transformer_engine(args)
     if args.ckpt_format != "torch_dist":
         raise UserError(
-            f"--ckpt-format {args.ckpt_format} is not supported: leave it out or use torch_dist"
+            f"--ckpt-format {args.ckpt_format} is not supported. Leave it out or use torch_dist."
         )
     if args.num_experts:
         _check_replaced(args, explicit)
     if args.optimizer == "dist_muon":
         raise UserError(
             "--optimizer dist_muon is Megatron's old name of --optimizer muon with "
-            "--use-distributed-optimizer: use these flags"
+            "--use-distributed-optimizer. Use these flags."
         )
     if args.optimizer == "muon":
         _check_muon(args)
@@ -90,13 +93,13 @@ def _check_linear_attention(args: Namespace) -> None:
         flags = ("--linear-attention-freq", "--experimental-attention-variant gated_delta_net")
         present, missing = flags if variant is None else flags[::-1]
         raise UserError(
-            f"{present} requires {missing}: add it, or use --hybrid-layer-pattern in place of both"
+            f"{present} requires {missing}. Add it, or use --hybrid-layer-pattern in place of both."
         )
     layers = args.num_layers
     if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
         raise UserError(
-            f"--linear-attention-freq is a list of {len(pattern)}, but --num-layers is {layers}: "
-            "use one number for each layer"
+            f"--linear-attention-freq is a list of {len(pattern)}, but --num-layers is {layers}. "
+            "Use one number for each layer."
         )
 
 
@@ -123,11 +126,11 @@ def _check_steps(args: Namespace) -> None:
     """Refuse numbers of steps that Megatron refuses only after it has built the model."""
     if args.eval_interval < 1:
         raise UserError(
-            f"--eval-interval {args.eval_interval} must be at least 1: use --eval-iters 0 to train "
-            "without validation"
+            f"--eval-interval {args.eval_interval} must be at least 1. Use --eval-iters 0 to train "
+            "without validation."
         )
     if not args.train_iters and not args.train_samples:
-        raise UserError("nothing to train: give --train-iters of at least 1")
+        raise UserError("Nothing to train. Give --train-iters of at least 1.")
     for unit in ("iters", "samples"):
         total = f"lr_decay_{unit}"
         if getattr(args, total) is None:
@@ -135,8 +138,8 @@ def _check_steps(args: Namespace) -> None:
         warmup, steps = getattr(args, f"lr_warmup_{unit}"), getattr(args, total)
         if steps is not None and steps <= (warmup or 0):
             raise UserError(
-                f"--lr-warmup-{unit} {warmup or 0} must be below {_flag(total)} {steps}: lower the "
-                "one or raise the other"
+                f"--lr-warmup-{unit} {warmup or 0} must be below {_flag(total)} {steps}. Lower the "
+                "one or raise the other."
             )
 
 
@@ -144,18 +147,18 @@ def _check_without_transformer_engine(args: Namespace) -> None:
     """Refuse flags that need Transformer Engine."""
     if args.transformer_impl == "transformer_engine":
         raise UserError(
-            "--transformer-impl transformer_engine needs the package transformer-engine and a GPU: "
-            "install it, or use local"
+            "--transformer-impl transformer_engine needs the package transformer-engine and a GPU. "
+            "Install it, or use local."
         )
     if args.use_precision_aware_optimizer:
         raise UserError(
-            "--use-precision-aware-optimizer needs the package transformer-engine and a GPU: "
-            "install it, or leave the flag out"
+            "--use-precision-aware-optimizer needs the package transformer-engine and a GPU. "
+            "Install it, or leave the flag out."
         )
     if "gdn_norm_out" in (args.recompute_modules or ()):
         raise UserError(
-            "--recompute-modules gdn_norm_out needs the package transformer-engine and a GPU: "
-            "install it, or leave gdn_norm_out out"
+            "--recompute-modules gdn_norm_out needs the package transformer-engine and a GPU. "
+            "Install it, or leave gdn_norm_out out."
         )
 
 
@@ -165,34 +168,34 @@ def _check_replaced(args: Namespace, explicit: Set[str]) -> None:
         value = getattr(args, name, None)
         if name in explicit and value not in harmless:
             raise UserError(
-                f"{_flag(name)} is incompatible with --router-type {args.router_type}: {why}; "
-                "leave it out, or use --router-type token-choice"
+                f"{_flag(name)} is incompatible with --router-type {args.router_type}: {why}. "
+                "Leave it out, or use --router-type token-choice."
             )
 
 
 def _check_muon(args: Namespace) -> None:
     """Refuse flags that are incompatible with Muon, and values outside of their range."""
-    for name, (harmless, why) in _NOT_WITH_MUON.items():
+    for name, (harmless, advice) in _NOT_WITH_MUON.items():
         if getattr(args, name, harmless) != harmless:
             flag = "no_use_layer_wise_param_layout" if harmless is True else name
-            raise UserError(f"{_flag(flag)} is incompatible with --optimizer muon: {why}")
+            raise UserError(f"{_flag(flag)} is incompatible with --optimizer muon. {advice}")
     expert_biases = args.add_bias_linear and args.num_experts
     if expert_biases and args.use_distributed_optimizer and args.expert_model_parallel_size > 1:
         raise UserError(
             "--optimizer muon with --use-distributed-optimizer and "
-            "--expert-model-parallel-size above 1 does not support biases of experts: add "
-            "--disable-bias-linear"
+            "--expert-model-parallel-size above 1 does not support biases of experts. Add "
+            "--disable-bias-linear."
         )
     for name in ("lr", "muon_embedding_lr", "muon_head_lr", "muon_reference_width"):
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise UserError(f"{_flag(name)} {value:g} must be above 0 with --optimizer muon")
+            raise UserError(f"{_flag(name)} {value:g} must be above 0 with --optimizer muon.")
     if args.muon_momentum_warmup_iters < 0:
         raise UserError(
-            f"--muon-momentum-warmup-iters {args.muon_momentum_warmup_iters} must not be negative"
+            f"--muon-momentum-warmup-iters {args.muon_momentum_warmup_iters} must not be negative."
         )
     if not 0 <= args.muon_momentum < 1:
-        raise UserError(f"--muon-momentum {args.muon_momentum:g} must be in [0, 1)")
+        raise UserError(f"--muon-momentum {args.muon_momentum:g} must be in [0, 1).")
 
 
 def _without_effect(args: Namespace, explicit: Set[str]) -> list[str]:

@@ -103,12 +103,12 @@ class ToolParser(argparse.ArgumentParser):
         for before, word in zip(["", *words], words):
             try:
                 word.encode()
-            except UnicodeEncodeError:
+            except UnicodeEncodeError as error:
                 text = os.fsencode(word).decode(errors="backslashreplace")
                 flag = f"{before} " if before.startswith("--") else ""
-                self.error(
-                    f"{flag}{text} is not UTF-8: check the encoding of the terminal or script"
-                )
+                raise UserError(
+                    f"{flag}{text} is not UTF-8. Check the encoding of the terminal or script."
+                ) from error
         return super().parse_known_args(words, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:

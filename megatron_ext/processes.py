@@ -78,7 +78,7 @@ def lock_folder(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "w")
     except OSError as error:
-        raise UserError(f"--run-dir {folder} cannot be written: {error.strerror}") from error
+        raise UserError(f"--run-dir {folder} cannot be written: {error.strerror}.") from error
     # Otherwise a forked helper would retain the lock of a killed rank.
     os.register_at_fork(after_in_child=file.close)
     deadline = time.monotonic() + _LOCK_PATIENCE

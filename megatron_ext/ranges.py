@@ -75,7 +75,7 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     for name, value in vars(args).items():
         infinite = name in _RANGES and isinstance(value, float) and math.isinf(value)
         if isinstance(value, float) and (math.isnan(value) or infinite):
-            raise UserError(f"{_flag(name)} {value:g} is not a finite number: choose a finite one")
+            raise UserError(f"{_flag(name)} {value:g} is not a finite number. Choose a finite one.")
         if name in _RANGES:
             _check(name, value, *_RANGES[name])
         elif name.endswith("_interval"):
@@ -90,7 +90,7 @@ def check_ranges(args: Namespace, ranks: int) -> None:
     if args.multiple_validation_sets != args.full_validation:
         flags = ["--multiple-validation-sets", "--full-validation"]
         flag, needed = flags if args.multiple_validation_sets else reversed(flags)
-        raise UserError(f"{flag} needs {needed} in this version of Megatron: add it")
+        raise UserError(f"{flag} needs {needed} in this version of Megatron. Add it.")
 
 
 def _check_phases(args: Namespace) -> None:
@@ -98,20 +98,20 @@ def _check_phases(args: Namespace) -> None:
     steps = [step.strip() for step in args.phase_transition_iterations.split(",")]
     flag = f"--phase-transition-iterations {args.phase_transition_iterations}"
     if not all(step.isdecimal() and int(step) > 0 for step in steps):
-        raise UserError(f"{flag} must be numbers of steps, such as 1000,2000")
+        raise UserError(f"{flag} must be numbers of steps, such as 1000,2000.")
     if not args.train_samples:
-        raise UserError(f"{flag} requires --train-samples: use it instead of --train-iters")
+        raise UserError(f"{flag} requires --train-samples. Use it instead of --train-iters.")
 
 
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], text: str) -> None:
     """Refuse the value of a flag that is not valid; `text` is the range in words."""
     if isinstance(value, int | float) and not isinstance(value, bool) and not is_valid(value):
-        raise UserError(f"{_flag(name)} {value:g} {text}{_ADVICE.get(name, '')}")
+        raise UserError(f"{_flag(name)} {value:g} {text}.{_ADVICE.get(name, '')}")
 
 
 _ADVICE = {
-    "eval_interval": ": use --eval-iters 0 to train without validation",
-    "save_interval": ": to save nothing, leave out --run-dir and --save",
+    "eval_interval": " Use --eval-iters 0 to train without validation.",
+    "save_interval": " To save nothing, leave out --run-dir and --save.",
 }
 
 
@@ -120,15 +120,15 @@ def _check_learning_rate(args: Namespace) -> None:
     if args.lr is None:
         if args.optimizer == "muon":
             return  # that of the paper
-        raise UserError("the learning rate is missing: add --lr")
+        raise UserError("The learning rate is missing. Add --lr.")
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(args, name) > args.lr:
             raise UserError(
-                f"{_flag(name)} {getattr(args, name):g} must not be above --lr {args.lr:g}"
+                f"{_flag(name)} {getattr(args, name):g} must not be above --lr {args.lr:g}."
             )
     lowest, peak = args.decoupled_min_lr, args.decoupled_lr
     if lowest is not None and peak is not None and lowest > peak:
-        raise UserError(f"--decoupled-min-lr {lowest:g} must not be above --decoupled-lr {peak:g}")
+        raise UserError(f"--decoupled-min-lr {lowest:g} must not be above --decoupled-lr {peak:g}.")
     if args.lr_decay_style == "WSD":
         _check_annealing(args)
 
@@ -140,11 +140,12 @@ def _check_annealing(args: Namespace) -> None:
     if steps is None:
         value = getattr(args, f"lr_wsd_decay_{other}")
         instead = f" instead of --lr-wsd-decay-{other} {value}" if value is not None else ""
-        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}{instead}: add it")
+        raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}{instead}. Add it.")
     total = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") else f"train_{unit}"
     if steps > (getattr(args, total) or 0):
         raise UserError(
-            f"--lr-wsd-decay-{unit} {steps} must not be above {_flag(total)} {getattr(args, total)}"
+            f"--lr-wsd-decay-{unit} {steps} must not be above {_flag(total)} "
+            f"{getattr(args, total)}."
         )
 
 
@@ -155,16 +156,16 @@ def _check_weight_decay(args: Namespace) -> None:
         if begin is not None or end is not None:
             raise UserError(
                 "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear "
-                "or cosine: give it, or use --weight-decay"
+                "or cosine. Give it, or use --weight-decay."
             )
     elif begin is None or end is None:
         raise UserError(
             f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay "
-            "and --end-weight-decay: give both"
+            "and --end-weight-decay. Give both."
         )
     elif end < begin:
         raise UserError(
-            f"--end-weight-decay {end:g} must not be below --start-weight-decay {begin:g}"
+            f"--end-weight-decay {end:g} must not be below --start-weight-decay {begin:g}."
         )
 
 
@@ -172,8 +173,8 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
     """Refuse a schedule of the batch size that Megatron ignores or fails on during training."""
     if args.rampup_batch_size is not None:
         raise UserError(
-            "--rampup-batch-size has no effect in this version of Megatron: use "
-            "--step-batch-size-schedule 'TOKENS:BATCH TOKENS:BATCH ...'"
+            "--rampup-batch-size has no effect in this version of Megatron. Use "
+            "--step-batch-size-schedule 'TOKENS:BATCH TOKENS:BATCH ...'."
         )
     schedule = args.step_batch_size_schedule
     if schedule is None:
@@ -182,27 +183,27 @@ def _check_batch_schedule(args: Namespace, ranks: int) -> None:
     if args.global_batch_size is not None:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} and {flag} both set the batch "
-            "size: use one of them"
+            "size. Use one of them."
         )
     if args.decrease_batch_size_if_needed:
-        raise UserError(f"{flag} is incompatible with --decrease-batch-size-if-needed")
+        raise UserError(f"{flag} is incompatible with --decrease-batch-size-if-needed.")
     try:
         steps = batch_schedule(args)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{flag} must be pairs TOKENS:BATCH, such as '0:8 1M:16'") from error
+        raise UserError(f"{flag} must be pairs TOKENS:BATCH, such as '0:8 1M:16'.") from error
     if not steps or steps[0][0] != 0:
-        raise UserError(f"{flag} must begin with 0:BATCH, the batch of the first step")
+        raise UserError(f"{flag} must begin with 0:BATCH, the batch of the first step.")
     for (tokens, size), (later, larger) in pairwise(steps):
         if later <= tokens or larger < size:
             raise UserError(
-                f"{flag}: numbers of tokens must be a sample apart and batches must not shrink"
+                f"{flag}: numbers of tokens must be a sample apart and batches must not shrink."
             )
     data = run_sizes(args, ranks).data
     for _, size in steps:
         if size < 1 or size % ((args.micro_batch_size or 1) * data):
             raise UserError(
                 f"{flag}: the batch of {size} samples is not divisible by --micro-batch-size "
-                f"{args.micro_batch_size or 1} times {data} data-parallel ranks"
+                f"{args.micro_batch_size or 1} times {data} data-parallel ranks."
             )
 
 

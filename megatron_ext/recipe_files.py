@@ -68,11 +68,11 @@ def read_recipe(path: Path, including: tuple[Path, ...]) -> dict[Any, Any]:
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UserError(f"--recipe {path}: {error.strerror}") from error
+        raise UserError(f"--recipe {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"--recipe {path} must be a mapping of flags to values")
+        raise UserError(f"--recipe {path} must be a mapping of flags to values.")
     return recipe
 
 
@@ -82,4 +82,4 @@ def unknown_key(path: Path, key: str, command: str, flags: Collection[str]) -> U
     names -= {"recipe", "_h", "help"}
     near = get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75)
     advice = f"did you mean {near[0]}?" if near else "see --help"
-    return UserError(f"{path}: {key} is not a flag of {command} ({advice})")
+    return UserError(f"{path}: {key} is not a flag of {command} ({advice}).")

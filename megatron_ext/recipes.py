@@ -101,7 +101,7 @@ def expand_recipes(
         if name == "--recipe":
             if not equals:
                 if not remaining:
-                    raise UserError("--recipe requires the name of a YAML file")
+                    raise UserError("--recipe requires the name of a YAML file.")
                 value = remaining.pop(0)
             entries += _recipe_entries(find_recipe(value), parser, unused)
             continue

@@ -53,7 +53,7 @@ class WeightsAndBiases:
 
     The step is a value of each row and the axis of all charts, because the step counter of
     Weights & Biases cannot return to the checkpoint from which a run resumes. Images and texts are
-    passed as files, which `log` copies: given as data, they go through one temporary folder of the
+    passed as files, which `log` copies. Data, in contrast, go through one temporary folder of the
     whole process, which a cleaner of /tmp deletes during a long run.
     """
 

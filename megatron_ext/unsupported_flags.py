@@ -11,8 +11,8 @@ from typing import Any
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 
-_LEAVE_OUT = "leave it out"
-_PATTERN = "use --hybrid-layer-pattern"
+_LEAVE_OUT = "Leave it out."
+_PATTERN = "Use --hybrid-layer-pattern."
 
 # Values that are not supported, and the advice. None stands for any value that is not 0 or empty.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -26,14 +26,14 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
         ("hybrid_override_pattern", "mtp_hybrid_override_pattern"),
         (None, _PATTERN),
     ),
-    "experimental_attention_variant": ("dsa", "use gated_delta_net, or leave it out"),
-    "rl_profile": (None, "use et-align train-policy for reinforcement learning"),
-    "moe_use_upcycling": (None, "use python -m tools.upcycle"),
-    "init_method_xavier_uniform": (None, "use --init-method-std or --et-init"),
-    "pad_vocab_size": (False, "use --make-vocab-size-divisible-by 1"),
-    "dataloader_type": ("external", "use single or cyclic"),
-    "rerun_mode": ("report_stats", "use disabled or validate_results"),
-    "transformer_impl": ("inference_optimized", "it is not for training; use local"),
+    "experimental_attention_variant": ("dsa", "Use gated_delta_net, or leave it out."),
+    "rl_profile": (None, "Use et-align train-policy for reinforcement learning."),
+    "moe_use_upcycling": (None, "Use python -m tools.upcycle."),
+    "init_method_xavier_uniform": (None, "Use --init-method-std or --et-init."),
+    "pad_vocab_size": (False, "Use --make-vocab-size-divisible-by 1."),
+    "dataloader_type": ("external", "Use single or cyclic."),
+    "rerun_mode": ("report_stats", "Use disabled or validate_results."),
+    "transformer_impl": ("inference_optimized", "Use local for training."),
 }  # fmt: skip
 _UNSUPPORTED_OPTIMIZERS = ("soap", "adaptive_muon")
 _UNSUPPORTED_TOKENIZERS = ("MultimodalTokenizer", "NullMultimodalTokenizer")
@@ -76,34 +76,34 @@ def check_unsupported(args: Namespace) -> None:
         if value == refused if refused is not None else value:
             is_choice = refused is not None and isinstance(value, str)
             text = f"{_flag(name)} {value}" if is_choice else _flag(name)
-            raise UserError(f"{text} is not supported by this project: {advice}")
+            raise UserError(f"{text} is not supported by this project. {advice}")
     if args.optimizer in _UNSUPPORTED_OPTIMIZERS:
         raise UserError(
-            f"--optimizer {args.optimizer} is not supported by this project: use adam or muon"
+            f"--optimizer {args.optimizer} is not supported by this project. Use adam or muon."
         )
     if args.tokenizer_type in _UNSUPPORTED_TOKENIZERS:
         raise UserError(
-            f"--tokenizer-type {args.tokenizer_type} is not supported by this project: use "
-            "HuggingFaceTokenizer or SentencePieceTokenizer"
+            f"--tokenizer-type {args.tokenizer_type} is not supported by this project. Use "
+            "HuggingFaceTokenizer or SentencePieceTokenizer."
         )
     if is_cpu_device() and getattr(args, "dry_run", None) is None:  # it replaces the device's flags
         for name, harmless in _NEEDS_GPU.items():
             value = getattr(args, name, harmless)
             if value != harmless:
                 text = f"{_flag(name)} {value}" if isinstance(value, str) else _flag(name)
-                raise UserError(f"{text} needs a GPU: {_LEAVE_OUT}")
+                raise UserError(f"{text} needs a GPU. {_LEAVE_OUT}")
     for name, (module, package) in _NEEDS_PACKAGE.items():
         if getattr(args, name, False) and find_spec(module) is None:
             raise UserError(
-                f"{_flag(name)} needs the package {package}: install it, or leave it out"
+                f"{_flag(name)} needs the package {package}. Install it, or leave it out."
             )
     if getattr(args, "sharp_enabled_group", None) and not args.use_sharp:
         raise UserError(
-            f"--sharp-enabled-group {args.sharp_enabled_group} needs --use-sharp: add it"
+            f"--sharp-enabled-group {args.sharp_enabled_group} needs --use-sharp. Add it."
         )
     for name in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
         if getattr(args, name, False) and not args.data_cache_path:
-            raise UserError(f"{_flag(name)} needs --data-cache-path: add it")
+            raise UserError(f"{_flag(name)} needs --data-cache-path. Add it.")
     _check_precision(args)
     _check_rotary(args)
     if args.num_experts:
@@ -119,7 +119,7 @@ def _check_precision(args: Namespace) -> None:
         if value not in ("fp32", "float32"):
             raise UserError(
                 f"{_flag(name)} {value} needs --use-precision-aware-optimizer, which needs "
-                "the package transformer-engine and a GPU: add it, or leave this flag out"
+                "the package transformer-engine and a GPU. Add it, or leave this flag out."
             )
 
 
@@ -137,7 +137,7 @@ def _check_rotary(args: Namespace) -> None:
         )
         raise UserError(
             f"{source} is odd, and --position-embedding-type {args.position_embedding_type} "
-            "rotates pairs: choose an even size with --kv-channels"
+            "rotates pairs. Choose an even size with --kv-channels."
         )
 
 
@@ -147,13 +147,13 @@ def _check_expert_biases(args: Namespace) -> None:
         return
     if args.moe_shared_expert_intermediate_size:
         raise UserError(
-            "--moe-shared-expert-intermediate-size is incompatible with biases of linear layers: "
-            "add --disable-bias-linear"
+            "--moe-shared-expert-intermediate-size is incompatible with biases of linear layers. "
+            "Add --disable-bias-linear."
         )
     if args.transformer_impl == "local":
         raise UserError(
             "--num-experts is incompatible with biases of linear layers in --transformer-impl "
-            "local: add --disable-bias-linear"
+            "local. Add --disable-bias-linear."
         )
 
 

@@ -25,6 +25,8 @@ DEFAULTS = {
     "use_distributed_optimizer": False, "expert_model_parallel_size": 1,
     "eval_interval": 1000, "et_threshold_estimator": "ema", "bias_gelu_fusion": False,
     "swiglu": False, "quick_geglu": False, "squared_relu": False,
+    "experimental_attention_variant": None, "linear_attention_freq": None,
+    "hybrid_layer_pattern": None, "recompute_modules": None,
 }  # fmt: skip
 
 
@@ -41,9 +43,9 @@ def warnings(**changes: Any) -> list[str]:
         ),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16 both set the precision"),
         ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
-        ({"train_iters": 0}, "give --train-iters of at least 1"),
+        ({"train_iters": 0}, "Give --train-iters of at least 1"),
         ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),
-        ({"eval_interval": 0}, "--eval-interval 0 must be at least 1: use --eval-iters 0"),
+        ({"eval_interval": 0}, "--eval-interval 0 must be at least 1. Use --eval-iters 0"),
         ({"lr_decay_iters": 0}, "--lr-warmup-iters 0 must be below --lr-decay-iters 0"),
         (
             {"train_iters": None, "train_samples": 8, "lr_warmup_samples": 9},
@@ -52,7 +54,7 @@ def warnings(**changes: Any) -> list[str]:
         ({"moe_layer_freq": [0, 1]}, "--moe-layer-freq is a list of 2, but --num-layers is 4"),
         ({"ckpt_format": "torch"}, "--ckpt-format torch is not supported"),
         ({"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff is incompatible with --router-type"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, "without an auxiliary loss; leave it out"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "without an auxiliary loss. Leave it out"),
         (
             {"moe_router_load_balancing_type": "aux_loss"},
             "--moe-router-load-balancing-type is incompatible",
@@ -81,22 +83,22 @@ def test_check_conflicts_refuses_contradictions(values: dict[str, Any], message:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"fp16": True}, "--fp16 is incompatible with --optimizer muon: use --bf16"),
+        ({"fp16": True}, "--fp16 is incompatible with --optimizer muon. Use --bf16"),
         (
             {"decoupled_lr": 0.1},
-            "--decoupled-lr is incompatible with --optimizer muon: use --muon-em",
+            "--decoupled-lr is incompatible with --optimizer muon. Use --muon-em",
         ),
         ({"decoupled_min_lr": 0.1}, "decays to the same fraction"),
-        ({"use_mup": True}, "use --muon-reference-width, which scales"),
+        ({"use_mup": True}, "Use --muon-reference-width, which scales"),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload is incompatible"),
-        ({"num_distributed_optimizer_instances": 2}, "it supports one instance"),
+        ({"num_distributed_optimizer_instances": 2}, "Muon supports one instance"),
         (
             {"use_layer_wise_param_layout": False},
             "--no-use-layer-wise-param-layout is incompatible",
         ),
         (
             {"use_distributed_optimizer": True, "expert_model_parallel_size": 2},
-            "does not support biases of experts: add --disable-bias-linear",
+            "does not support biases of experts. Add --disable-bias-linear",
         ),
         ({"lr": 0.0}, "--lr 0 must be above 0 with --optimizer muon"),
         ({"muon_embedding_lr": -1.0}, "--muon-embedding-lr -1 must be above 0"),
@@ -130,7 +132,7 @@ def test_check_conflicts_names_transformer_engine_where_it_is_needed(
     values: dict[str, Any],
 ) -> None:
     with pytest.raises(
-        UserError, match="needs the package transformer-engine and a GPU: install it"
+        UserError, match=r"needs the package transformer-engine and a GPU\. Install it"
     ):
         warnings(**values)
 

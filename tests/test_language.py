@@ -134,15 +134,59 @@ def test_help_texts_of_pretraining_are_complete_sentences() -> None:
     assert [text for action in actions(parser) for text in complaints(action, parser)] == []
 
 
-def messages(file: Path) -> Iterator[str]:
-    """Yield the literal parts of the error messages that users see."""
+# Errors of users. A test below checks that the list is complete.
+ERRORS = {
+    "UserError", "TooFewResults", "LimitExceeded", "BudgetSpent", "EvaluationFailed",
+    "ServerRefused",
+}  # fmt: skip
+
+# Modules whose errors say what is wrong in a row; other messages name the row, and the advice.
+PARTS_OF_SENTENCES = {
+    "alignment/records.py", "alignment/data/dataset_schemas.py", "alignment/data/messages.py",
+    "alignment/data/people_labels.py", "alignment/data/preference_rows.py",
+    "alignment/data/response_rows.py", "alignment/monitors/detector_quality.py",
+}  # fmt: skip
+
+# What to do is a separate sentence, not an appendix such as "…: choose a multiple of 4".
+APPENDED_ADVICE = re.compile(
+    r"[:;] ((?:add|annotate|check|choose|copy|free|give|install|leave|lower|make|name|pass|raise"
+    r"|read|remove|repeat|restore|run|save|see|set|split|start|state|train|use|write)\b"
+    r"(?! is\b)|\{_?(?:advice|fix)\b[^}]*\})",
+    re.IGNORECASE,
+)
+
+
+def error_messages(file: Path) -> Iterator[ast.expr]:
+    """Yield the expressions of the error messages that users see."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
             name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            if name in ("UserError", "TooFewResults"):
-                for part in ast.walk(node):
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                        yield part.value
+            if name in ERRORS and node.args:
+                yield node.args[0]
+
+
+def messages(file: Path) -> Iterator[str]:
+    """Yield the literal parts of the error messages that users see."""
+    for message in error_messages(file):
+        for part in ast.walk(message):
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield part.value
+
+
+def as_text(node: ast.expr) -> str:
+    """Return the text of a message, with its values in braces as they are in the code."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(as_text, node.values))
+    if isinstance(node, ast.BinOp):
+        return as_text(node.left) + as_text(node.right)
+    return f"{{{ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)}}}"
+
+
+def is_sentence(message: str) -> bool:
+    """Return whether a message ends like a sentence, and gives advice in a separate sentence."""
+    return message.rstrip(")")[-1:] in ".?}" and not APPENDED_ADVICE.search(message)
 
 
 def docstrings(file: Path) -> Iterator[str]:
@@ -186,6 +230,41 @@ def test_texts_of_the_code_have_no_banned_word(texts: Callable[[Path], Iterator[
     roots = ("megatron_ext", "alignment", "tools", "examples", "benchmarks", "tests")
     files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
     assert with_banned_words(files, texts) == []
+
+
+def test_errors_are_sentences_with_the_advice_last() -> None:
+    roots = ("megatron_ext", "alignment", "tools", "examples")
+    files = [ROOT / "pretrain_et.py", *(f for root in roots for f in (ROOT / root).rglob("*.py"))]
+    wrong = [
+        (name, text)
+        for file in files
+        if (name := str(file.relative_to(ROOT))) not in PARTS_OF_SENTENCES
+        for text in map(as_text, error_messages(file))
+        if not is_sentence(text)
+    ]
+    assert wrong == []
+
+
+def test_appended_advice_is_detected() -> None:
+    assert is_sentence("--a 3 is not a multiple of --b 2. Choose a multiple of 2.")
+    assert is_sentence("{file} cannot be read: {error}") and is_sentence("--a is unknown. {advice}")
+    assert is_sentence("{file} has no rows. (Set expected_score: false.)")
+    for text in ("3 is odd: choose 2.", "3 is odd; use 2.", "3 is odd: {advice}", "3 is odd"):
+        assert not is_sentence(text)
+
+
+def test_every_error_of_users_is_checked() -> None:
+    classes: dict[str, set[str]] = {}
+    for root in ("megatron_ext", "alignment", "tools", "examples"):
+        for file in (ROOT / root).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    classes[node.name] = {ast.unparse(base) for base in node.bases}
+    errors = {"UserError"}
+    while more := {name for name, bases in classes.items() if bases & errors} - errors:
+        errors |= more
+    # The last two make their messages themselves.
+    assert errors == {*ERRORS, "MalformedRow", "AmbiguousColumns"}
 
 
 def test_pages_have_no_banned_word() -> None:

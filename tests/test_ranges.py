@@ -56,7 +56,7 @@ def parsed(*flags: str) -> Namespace:
         (["--min-lr", "-1"], "--min-lr -1 must not be negative"),
         (["--min-lr", "1"], "--min-lr 1 must not be above --lr 0.001"),
         (["--lr-warmup-init", "1"], "--lr-warmup-init 1 must not be above --lr"),
-        (["--lr-decay-style", "WSD"], "needs --lr-wsd-decay-iters: add it"),
+        (["--lr-decay-style", "WSD"], "needs --lr-wsd-decay-iters. Add it"),
         (
             ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "9"],
             "--lr-wsd-decay-iters 9 must not be above --train-iters 8",
@@ -68,7 +68,7 @@ def parsed(*flags: str) -> Namespace:
             + ["--end-weight-decay", "0.1"],
             "--end-weight-decay 0.1 must not be below --start-weight-decay 0.2",
         ),
-        (["--rampup-batch-size", "2", "2", "8"], "use --step-batch-size-schedule"),
+        (["--rampup-batch-size", "2", "2", "8"], "Use --step-batch-size-schedule"),
         (
             ["--global-batch-size", "4", "--step-batch-size-schedule", "0:2"],
             "both set the batch size",
@@ -102,5 +102,5 @@ def test_values_that_disable_a_setting_are_accepted() -> None:
 def test_a_missing_learning_rate_is_named() -> None:
     args = parsed()
     args.lr = None
-    with pytest.raises(UserError, match="the learning rate is missing: add --lr"):
+    with pytest.raises(UserError, match=r"The learning rate is missing\. Add --lr"):
         check_ranges(args, ranks=1)

@@ -38,31 +38,31 @@ def test_supported_flags_pass() -> None:
     [
         (
             "--multi-latent-attention",
-            "--multi-latent-attention is not supported by this project: leave it out",
+            "--multi-latent-attention is not supported by this project. Leave it out",
         ),
-        ("--heterogeneous-layers-config-path x", "is not supported by this project: leave it out"),
-        ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project: leave it out"),
-        ("--overlap-moe-expert-parallel-comm", "is not supported by this project: leave it out"),
-        ("--hybrid-override-pattern M-", "use --hybrid-layer-pattern"),
-        ("--experimental-attention-variant dsa", "is not supported by this project: use gated_d"),
-        ("--moe-use-upcycling", "is not supported by this project: use python -m tools.upcycle"),
-        ("--init-method-xavier-uniform", "use --init-method-std"),
+        ("--heterogeneous-layers-config-path x", "is not supported by this project. Leave it out"),
+        ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project. Leave it out"),
+        ("--overlap-moe-expert-parallel-comm", "is not supported by this project. Leave it out"),
+        ("--hybrid-override-pattern M-", "Use --hybrid-layer-pattern"),
+        ("--experimental-attention-variant dsa", "is not supported by this project. Use gated_d"),
+        ("--moe-use-upcycling", "is not supported by this project. Use python -m tools.upcycle"),
+        ("--init-method-xavier-uniform", "Use --init-method-std"),
         (
             "--no-pad-vocab-size",
-            "--disable-pad-vocab-size is not supported by this project: use --make-vocab",
+            "--disable-pad-vocab-size is not supported by this project. Use --make-vocab",
         ),
         (
             "--dataloader-type external",
-            "--dataloader-type external is not supported by this project: use single",
+            "--dataloader-type external is not supported by this project. Use single",
         ),
-        ("--rerun-mode report_stats", "use disabled or validate_results"),
-        ("--optimizer soap", "--optimizer soap is not supported by this project: use adam or muon"),
+        ("--rerun-mode report_stats", "Use disabled or validate_results"),
+        ("--optimizer soap", "--optimizer soap is not supported by this project. Use adam or muon"),
         (
             "--tokenizer-type MultimodalTokenizer",
-            "use HuggingFaceTokenizer or SentencePieceTokenizer",
+            "Use HuggingFaceTokenizer or SentencePieceTokenizer",
         ),
-        ("--sharp-enabled-group dp", "--sharp-enabled-group dp needs --use-sharp: add it"),
-        ("--dataloader-fast-cache-load", "needs --data-cache-path: add it"),
+        ("--sharp-enabled-group dp", "--sharp-enabled-group dp needs --use-sharp. Add it"),
+        ("--dataloader-fast-cache-load", "needs --data-cache-path. Add it"),
         ("--exp-avg-dtype bf16", "needs --use-precision-aware-optimizer"),
         ("--hidden-size 30", "makes heads of 15, which is odd"),
         ("--kv-channels 15", "--kv-channels 15 is odd, and --position-embedding-type rope rotates"),
@@ -88,8 +88,8 @@ def refusals(*cases: str) -> list[str]:
 def test_flags_that_need_a_gpu_are_refused_without_one() -> None:
     [messages] = run_ranks(refusals, 1, "--use-nccl-ub", "--distributed-backend nccl")
     assert messages == [
-        "--use-nccl-ub needs a GPU: leave it out",
-        "--distributed-backend nccl needs a GPU: leave it out",
+        "--use-nccl-ub needs a GPU. Leave it out.",
+        "--distributed-backend nccl needs a GPU. Leave it out.",
     ]
 
 
@@ -97,7 +97,7 @@ def test_flags_that_need_a_gpu_are_refused_without_one() -> None:
     find_spec("nvidia_resiliency_ext") is not None, reason="nvidia-resiliency-ext is installed"
 )
 def test_flag_without_its_package_is_refused() -> None:
-    with pytest.raises(UserError, match="needs the package nvidia-resiliency-ext: install it"):
+    with pytest.raises(UserError, match=r"needs the package nvidia-resiliency-ext\. Install it"):
         check("--enable-ft-package")
 
 

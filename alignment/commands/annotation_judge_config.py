@@ -144,8 +144,8 @@ class AnnotationJudgeConfig:
             raise UserError("--rule-text requires --judge rule.")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(
-                f"--samples {self.samples} at --temperature 0 would pay for the same answer again: "
-                "give a temperature above 0, for example 0.7."
+                f"--samples {self.samples} at --temperature 0 would pay for the same answer again. "
+                "Give a temperature above 0, for example 0.7."
             )
 
     def _check_program(self, generate: bool, rubrics: bool) -> None:
@@ -166,9 +166,9 @@ class AnnotationJudgeConfig:
                     "--template": self.template}  # fmt: skip
         for option, value in used.items():
             if value:
-                fix = "write it into the file" if in_file else "leave it out"
+                fix = "Write it into the file" if in_file else "Leave it out"
                 raise UserError(
-                    f"{option} requires a judge at an endpoint, and --judge is {self.judge}: {fix}."
+                    f"{option} requires a judge at an endpoint, and --judge is {self.judge}. {fix}."
                 )
 
     def _check_address(self) -> None:
@@ -184,6 +184,6 @@ class AnnotationJudgeConfig:
             )
         if parts.username or parts.password:
             raise UserError(
-                "--judge must not contain a key, which others could read: set "
+                "--judge must not contain a key, which others could read. Set "
                 f"{API_KEY_VARIABLE} instead."
             )

@@ -95,14 +95,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.engine == "megatron" and self.offload_parameters:
             raise UserError(
-                "--offload-parameters requires --engine deepspeed: set it, or remove this flag."
+                "--offload-parameters requires --engine deepspeed. Set it, or remove this flag."
             )
         if self.engine == "deepspeed":
             for name, value in vars(self).items():
                 if name.endswith("_parallel_size") and (value or 1) > 1:
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(
-                        f"{option} {value} requires --engine megatron: set it, or remove this flag."
+                        f"{option} {value} requires --engine megatron. Set it, or remove this flag."
                     )
 
 
@@ -148,7 +148,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.device is not None and self.dry_run is None:
-            raise UserError("--device requires --dry-run: add it, or leave --device out.")
+            raise UserError("--device requires --dry-run. Add it, or leave --device out.")
         if self.dry_run is None:
             self.trackers.check()
 
@@ -216,7 +216,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.engine.engine == "megatron" and self.optimization.offload_optimizer:
             raise UserError(
-                "--offload-optimizer requires --engine deepspeed: set it, or remove this flag."
+                "--offload-optimizer requires --engine deepspeed. Set it, or remove this flag."
             )
 
 
@@ -287,7 +287,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         if self.rollouts_ahead and not self.rollout_url:
-            raise UserError("--rollouts-ahead 1 requires servers: add --rollout-url.")
+            raise UserError("--rollouts-ahead 1 requires servers. Add --rollout-url.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class ReinforcementTrainingConfig(TrainingConfig):
         if size % group_size:
             raise UserError(
                 f"--batch-size {size} is not a multiple of --group-size {group_size}. It counts "
-                "responses: choose a multiple."
+                "responses. Choose a multiple."
             )
         return size // group_size
 

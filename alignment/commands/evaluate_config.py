@@ -104,7 +104,7 @@ class Evaluation:
         names = [(file_name(judge.judge_name), k) for judge in self.judges for k in judge.kinds]
         if repeated := [name for name, kind in names if names.count((name, kind)) > 1]:
             raise UserError(
-                f"Two judges have the name {repeated[0]}: give them different names by --name."
+                f"Two judges have the name {repeated[0]}. Give them different names by --name."
             )
 
 
@@ -125,8 +125,8 @@ def parse(argv: Sequence[str] | None) -> Evaluation:
         judge.judge.check()
         if judge.judge.template and judge.ask == "both":
             raise UserError(
-                f"--template {judge.judge.template} is either for scores or for preferences: "
-                "choose one with --ask, and give the judge twice for both."
+                f"--template {judge.judge.template} is either for scores or for preferences. "
+                "Choose one with --ask, and give the judge twice for both."
             )
         judges.append(judge)
     return Evaluation(config, judges, _parse_flags(shared).judge.max_failed)

@@ -39,8 +39,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.samples > 1 and self.sampling.temperature == 0:
             raise UserError(
-                f"--samples {self.samples} at --temperature 0 would repeat the same responses: "
-                "choose a temperature above 0."
+                f"--samples {self.samples} at --temperature 0 would repeat the same responses. "
+                "Choose a temperature above 0."
             )
 
 

@@ -47,7 +47,7 @@ class JudgeCommandConfig:
         certain = self.format.thinking == "none" or self.answers.judging_temperature == 0
         if self.samples > 1 and certain:
             raise UserError(
-                f"--samples {self.samples} would repeat the same verdicts: set --thinking and a "
+                f"--samples {self.samples} would repeat the same verdicts. Set --thinking and a "
                 "--judging-temperature above 0."
             )
 

@@ -106,10 +106,10 @@ class MonitorConfig:
 
     def _check_output(self, output: Path) -> None:
         if output.is_dir():
-            raise UserError(f"--output {output} is a folder: give a file.")
+            raise UserError(f"--output {output} is a folder. Give a file.")
         check_output_folder(output.parent)
         if output.exists() and not self.overwrite:
-            raise UserError(f"--output {output} exists already: give --overwrite to replace it.")
+            raise UserError(f"--output {output} exists already. Give --overwrite to replace it.")
 
 
 def parse(argv: Sequence[str] | None) -> MonitorConfig:

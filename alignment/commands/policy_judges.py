@@ -102,11 +102,11 @@ def check_prompts(
         ids: set[str] = set()
         for prompt in rows:
             if prompt.id in ids:
-                raise UserError(f"{flag} has the id {prompt.id!r} twice: remove one of its rows.")
+                raise UserError(f"{flag} has the id {prompt.id!r} twice. Remove one of its rows.")
             ids.add(prompt.id)
     if shared := {prompt.id for prompt in prompts} & ids:
         raise UserError(
-            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too: split "
+            f"--held-out has the prompt {min(shared)!r}, which is in --prompts too. Split "
             "them with et-align data split."
         )
     for name, each in specs.items():

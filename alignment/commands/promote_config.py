@@ -67,18 +67,18 @@ class PromoteConfig:
         new = [self.new_gold, self.new_current, self.new_candidate]
         if any(new) and not all(new):
             raise UserError(
-                "--new-gold, --new-current and --new-candidate go together: give all or none."
+                "--new-gold, --new-current and --new-candidate go together. Give all or none."
             )
         if self.new_items and not self.new_gold:
             raise UserError("--new-items requires --new-gold.")
         if not (Path(self.candidate) / "config.json").is_file():
             raise UserError(
-                f"--candidate {self.candidate} has no config.json: give the Hugging Face folder of "
+                f"--candidate {self.candidate} has no config.json. Give the Hugging Face folder of "
                 "a judge."
             )
         if Path(self.current).resolve() == Path(self.candidate).resolve():
             raise UserError(
-                "--candidate and --current are the same folder: give two different ones."
+                "--candidate and --current are the same folder. Give two different ones."
             )
 
 

@@ -65,13 +65,13 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
             )
         if len(self.input) != len(self.gold):
             raise UserError(
-                f"--input has {len(self.input)} files and --gold has {len(self.gold)}: give one "
+                f"--input has {len(self.input)} files and --gold has {len(self.gold)}. Give one "
                 "file of verdicts for each file of items."
             )
         if len(self.validation_input) != len(self.validation_gold):
             raise UserError(
                 f"--validation-input has {len(self.validation_input)} files and --validation-gold "
-                f"has {len(self.validation_gold)}: give one file of verdicts for each file of "
+                f"has {len(self.validation_gold)}. Give one file of verdicts for each file of "
                 "items."
             )
         if self.run.dry_run is None and not self.input:
@@ -80,7 +80,7 @@ class TrainJudgeConfig(ReinforcementTrainingConfig):
                 "on them."
             )
         if self.stage == "rl" and self.format.thinking == "none":
-            raise UserError("--stage rl requires a judge that thinks: set --thinking.")
+            raise UserError("--stage rl requires a judge that thinks. Set --thinking.")
         if self.stage == "rl" and self.steps is None and self.run.dry_run is None:
             raise UserError("--stage rl requires --steps.")
         if self.gold_scale:

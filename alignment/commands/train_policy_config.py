@@ -100,7 +100,7 @@ class TrainPolicyConfig(ReinforcementTrainingConfig):
                 "cannot be compared."
             )
         if self.reward == "pairwise" and self.reinforcement.group_size < 2:
-            raise UserError("--reward pairwise compares responses: set --group-size to at least 2.")
+            raise UserError("--reward pairwise compares responses. Set --group-size to at least 2.")
 
     def _check_grading(self) -> None:
         """Check that gold judges have prompts to grade, and that an alarm has a gold judge."""

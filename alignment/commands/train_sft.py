@@ -119,7 +119,7 @@ def _read_samples(
     if rows and not fitting:
         raise UserError(
             f"All {len(rows):,} responses of {files[0]} are longer with their prompts than "
-            f"--seq-length {length}: raise it."
+            f"--seq-length {length}. Raise it."
         )
     too_long = len(rows) - len(fitting)
     reasons = [f"longer than --seq-length {length}: raise it"] * too_long

@@ -62,8 +62,8 @@ def dry_run(
     others = {each.model: _read_architecture(each.model, each.name) for each in resident or ()}
     if critic and _read_architecture(critic, "--critic") != model:
         raise UserError(
-            f"--dry-run cannot count --critic {critic}, which has another shape than --model: "
-            "remove --critic or give one of the same shape."
+            f"--dry-run cannot count --critic {critic}, which has another shape than --model. "
+            "Remove --critic or give one of the same shape."
         )
 
     def parse(of: Architecture, flags: Sequence[str]) -> tuple[argparse.Namespace, ETConfig]:

@@ -180,7 +180,7 @@ def check_algorithm(
         for flag in ("critic", "critic_lr", "critic_warmup", "value_clip"):
             if getattr(config.critic, flag):
                 option = f"--{flag.replace('_', '-')}"
-                raise UserError(f"{option} requires --algorithm ppo: set it, or remove this flag.")
+                raise UserError(f"{option} requires --algorithm ppo. Set it, or remove this flag.")
         if config.reinforcement.group_size < 2:
             raise UserError(
                 f"--group-size {config.reinforcement.group_size} must be at least 2: --algorithm "
@@ -194,7 +194,7 @@ def check_algorithm(
     if config.rollouts.rollouts_ahead and algorithm.dynamic:
         raise UserError(
             f"--algorithm {name} may sample several times per step, which asynchronous rollouts "
-            "cannot know in advance: remove --rollouts-ahead 1 or choose another algorithm."
+            "cannot know in advance. Remove --rollouts-ahead 1 or choose another algorithm."
         )
 
 

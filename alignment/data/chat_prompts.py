@@ -181,10 +181,10 @@ def _ended(tokenizer: Any, rendered: str, answer: str = "") -> str:
     if end_token is None:
         ending = rendered.rpartition(answer.strip())[2][-_SHOWN:] if answer else rendered
         raise UserError(
-            f"the chat template ends an answer with {ending!r} and not with an "
+            f"The chat template ends an answer with {ending!r} and not with an "
             f"end token of the model ({', '.join(names) or 'it has none'}), so that a trained "
-            "model would not stop: add the token to eos_token_id in generation_config.json, or "
-            "give another template with --chat-template"
+            "model would not stop. Add the token to eos_token_id in generation_config.json, or "
+            "give another template with --chat-template."
         )
     return rendered[: end_token.end()]
 

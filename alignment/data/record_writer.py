@@ -33,7 +33,7 @@ class RecordWriter:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         if path.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"{path} must end with .jsonl or .parquet, which selects the format")
+            raise UserError(f"{path} must end with .jsonl or .parquet, which selects the format.")
         if path.exists() and not overwrite:
             raise UserError(f"{path} already exists. Add --overwrite, or choose another file.")
         self.path, self.count = path, 0

@@ -49,7 +49,7 @@ class Budget:
         """
         if max_cost is not None and prices.cost(0, 0) is None:
             raise UserError(
-                f"{source} requires the prices of the endpoint: add --price-in and --price-out "
+                f"{source} requires the prices of the endpoint. Add --price-in and --price-out "
                 "(price_in and price_out in a judge's file) in dollars per million tokens."
             )
         self.prices, self.max_cost, self._source = prices, max_cost, source

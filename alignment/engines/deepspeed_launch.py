@@ -23,7 +23,9 @@ if ON_CPU:
 try:
     import deepspeed
 except ImportError as error:
-    raise UserError("DeepSpeed is not installed: pip install 'megatron-et[deepspeed]'") from error
+    raise UserError(
+        "DeepSpeed is not installed. Install it with pip install 'megatron-et[deepspeed]'."
+    ) from error
 from deepspeed.utils.logging import logger  # noqa: E402
 
 

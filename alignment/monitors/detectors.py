@@ -102,15 +102,15 @@ def load_detector(path: str) -> Detector:
     advice = "Give FILE.py:NAME, where NAME is a function decorated with @detector."
     if not Path(file).is_file():
         raise UserError(
-            f"the detector {path} cannot be loaded: the file {file} does not exist. {advice}"
+            f"The detector {path} cannot be loaded: the file {file} does not exist. {advice}"
         )
     try:
         loaded = runpy.run_path(file).get(name)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"the detector {path} cannot be loaded: {problem}. {advice}") from error
+        raise UserError(f"The detector {path} cannot be loaded: {problem}. {advice}") from error
     if not isinstance(loaded, Detector):
-        raise UserError(f"the detector {path} cannot be loaded: {name} is not a detector. {advice}")
+        raise UserError(f"The detector {path} cannot be loaded: {name} is not a detector. {advice}")
     return loaded
 
 

@@ -39,12 +39,12 @@ class MonitorLimits:
         names = [*DETECTORS, *_BATCH_LIMITS]
         for name, limit in self.changed.items():
             if name not in names:
-                raise UserError(f"there is no limit {name!r}: choose from {', '.join(names)}")
+                raise UserError(f"There is no limit {name!r}. Choose from {', '.join(names)}.")
             try:
                 _LIMIT.validate_python(limit)
             except ValidationError:
                 raise UserError(
-                    f"the limit of {name} must be from 0 to 1 or null, not {limit!r}"
+                    f"The limit of {name} must be from 0 to 1 or null, not {limit!r}."
                 ) from None
 
     def __getitem__(self, name: str) -> float | None:
@@ -87,13 +87,13 @@ class MonitorLimits:
             limits = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise UserError(
-                f"the file of limits {file} cannot be read: {error.strerror}"
+                f"The file of limits {file} cannot be read: {error.strerror}."
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"the file of limits {file} is not YAML: {error}") from error
+            raise UserError(f"The file of limits {file} is not YAML: {error}") from error
         if not isinstance(limits, Mapping):
-            raise UserError(f"the file of limits {file} must be a mapping of detectors to shares")
+            raise UserError(f"The file of limits {file} must be a mapping of detectors to shares.")
         try:
             return cls.create(limits)
         except UserError as error:
-            raise UserError(f"the file of limits {file}: {error}") from None
+            raise UserError(f"The file of limits {file}: {error}") from None

@@ -77,7 +77,7 @@ def read_items(
     rows: list[Judgeable] = read_all(path, Response, Pair, options=options)
     by_id = {row.id: row for row in rows}
     if missing := [item for item in ids if item not in by_id]:
-        raise UserError(f"{path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one")
+        raise UserError(f"{path} lacks {len(missing)} items with verdicts, {missing[0]!r} for one.")
     return [by_id[item] for item in ids]
 
 

@@ -79,7 +79,7 @@ def align_verdicts(
     rows = [verdict for item in items for verdict in verdicts[item]]
     kinds = {v.outcome is Outcome.SCORE for v in rows if v.judged}
     if len(kinds) > 1:
-        raise UserError(f"{name} has both scores and preferences: give verdicts of one kind")
+        raise UserError(f"{name} has both scores and preferences. Give verdicts of one kind.")
     if not kinds:
         raise TooFewResults(
             f"{name} has no judgement on these items: all {len(rows):,} verdicts failed, most "
@@ -123,11 +123,11 @@ def verdicts_by_item(verdicts: Iterable[Verdict], name: str) -> dict[str, list[V
     for verdict in verdicts:
         question = (verdict.item, verdict.swapped, verdict.sample)
         if question in answered:
-            raise UserError(f"{name} has two verdicts on item {verdict.item!r}: remove one")
+            raise UserError(f"{name} has two verdicts on item {verdict.item!r}. Remove one.")
         answered.add(question)
         by_item.setdefault(verdict.item, []).append(verdict)
     if not by_item:
-        raise UserError(f"{name} contains no verdict: annotate some items first")
+        raise UserError(f"{name} contains no verdict. Annotate some items first.")
     return by_item
 
 
@@ -148,12 +148,12 @@ def shared_items(
     shared = [item for item in first if item in second]
     unshared = [len(first) - len(shared), len(second) - len(shared)]
     if not shared:
-        raise UserError(f"{names[0]} and {names[1]} have no item in common: they judge other data")
+        raise UserError(f"{names[0]} and {names[1]} have no item in common: they judge other data.")
     if any(unshared) and not common:
         raise UserError(
             f"{names[0]} has {unshared[0]} items that {names[1]} lacks, and lacks {unshared[1]} of "
-            f"its items: annotate the same items, or give --common to compare the {len(shared)} of "
-            "both"
+            f"its items. Annotate the same items, or give --common to compare the {len(shared)} of "
+            "both."
         )
     return shared
 

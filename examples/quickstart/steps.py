@@ -207,11 +207,11 @@ class _Running:
             with step.log.open(errors="replace") as log:
                 log.seek(self.logged)
                 reason = failure(step.command, log.read())
-            raise UserError(f"{reason} (step {step.name}; its log is {step.log})")
+            raise UserError(f"{reason} (step {step.name}; its log is {step.log}).")
         if self.temporary and step.output:
             self.temporary.replace(step.output)
         if missing := [str(path) for path in step.makes if not path.exists()]:
-            raise UserError(f"{step.name} ended without making {missing[0]}: see {step.log}")
+            raise UserError(f"{step.name} ended without making {missing[0]}. See {step.log}.")
         self.done.write_text(self.stamp)
         say(f"{self.label} done in {duration(time.monotonic() - self.began)}")
         return True

@@ -109,7 +109,7 @@ def _read_ids(file: Path) -> dict[str, Any]:
         numbers = _as_list(value) if name == "eos_token_id" else [value]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise UserError(
-                f"{file} has {value!r} as {name}, which is not a token id: give the id of a token"
+                f"{file} has {value!r} as {name}, which is not a token id. Give the id of a token"
                 + (", or a list of ids." if name == "eos_token_id" else ".")
             )
     return ids

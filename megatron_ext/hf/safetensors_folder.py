@@ -84,7 +84,7 @@ def _files(folder: Path) -> dict[str, Path]:
             raise UserError(f"{index} is damaged. Copy it again.") from error
         if single.is_file() and single not in files.values():
             raise UserError(
-                f"{folder} has both {_SINGLE} and {INDEX}; remove the one that is outdated."
+                f"{folder} has both {_SINGLE} and {INDEX}. Remove the one that is outdated."
             )
         return files
     if single.is_file():

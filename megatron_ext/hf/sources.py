@@ -192,7 +192,7 @@ def open_dense(path: Path) -> Source:
         source = open_model(path, family=OWN)
     if source.model.router is not None:
         raise UserError(
-            f"{source.place} has experts already. Only dense models can be upcycled; choose a "
+            f"{source.place} has experts already. Only dense models can be upcycled. Choose a "
             "model without experts."
         )
     return source

@@ -105,7 +105,7 @@ class Thresholds(torch.nn.Module):
             raise UserError(
                 "The thresholds have no value yet. Train for at least one step, or calibrate them "
                 "on text, before evaluating or generating. (With --fp16 the first steps are "
-                "skipped until the loss scale fits: lower --initial-loss-scale, or use --bf16.)"
+                "skipped until the loss scale fits. Lower --initial-loss-scale, or use --bf16.)"
             )
         return (self.average.double() / (1.0 - self.decay**self.update_count)).float()
 

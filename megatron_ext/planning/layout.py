@@ -159,23 +159,23 @@ def check_layout(args: Namespace, ranks: int) -> None:
     _check_sizes(args)
     if args.tensor_model_parallel_size > 1 and args.num_experts and not args.sequence_parallel:
         raise UserError(
-            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel: add it"
+            "--tensor-model-parallel-size above 1 with experts needs --sequence-parallel. Add it."
         )
     for flag in ("hierarchical_context_parallel_sizes", "hybrid_context_parallel"):
         if getattr(args, flag, None):
             raise UserError(
                 f"--{flag.replace('_', '-')} distributes tokens over ranks in an order in which "
-                "ties at a cutoff cannot be resolved: use --context-parallel-size alone"
+                "ties at a cutoff cannot be resolved. Use --context-parallel-size alone."
             )
     if args.num_layers_per_virtual_pipeline_stage and args.pipeline_model_parallel_size == 1:
         raise UserError(
             "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at "
-            "least 2: raise that one or leave this one out"
+            "least 2. Raise that one or leave this one out."
         )
     layout = run_sizes(args, ranks)
     for rule in RULES:
         if not rule.holds(layout):
-            raise UserError(f"{_violation(rule, layout)}: {_advice(rule, layout)}")
+            raise UserError(f"{_violation(rule, layout)}. {_advice(rule, layout)}")
     _check_distributed_muon(args, layout)
 
 
@@ -189,8 +189,8 @@ def _check_distributed_muon(args: Namespace, layout: RunSizes) -> None:
     if layout.pipeline > 2 and not args.et_norm_scale and args.muon_router == "muon":
         raise UserError(
             "--muon-router muon with --use-distributed-optimizer leaves AdamW no parameter on the "
-            "inner of more than 2 pipeline stages, which Megatron cannot save: use --muon-router "
-            "adam, or --pipeline-model-parallel-size 2"
+            "inner of more than 2 pipeline stages, which Megatron cannot save. Use --muon-router "
+            "adam, or --pipeline-model-parallel-size 2."
         )
     if not layout.experts:
         return
@@ -198,8 +198,8 @@ def _check_distributed_muon(args: Namespace, layout: RunSizes) -> None:
     if layout.data * layout.context == 1 and copies > 1:
         raise UserError(
             f"--use-distributed-optimizer with --optimizer muon cannot distribute experts that "
-            f"have {copies} copies where all other parameters have one: leave it out, or use "
-            f"--expert-model-parallel-size {layout.expert * copies}"
+            f"have {copies} copies where all other parameters have one. Leave it out, or use "
+            f"--expert-model-parallel-size {layout.expert * copies}."
         )
 
 
@@ -259,7 +259,7 @@ def _check_sizes(args: Namespace) -> None:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
         least = 0 if name == "experts" else 1  # 0 experts: Megatron's dense model
         if name != "ranks" and value is not None and value < least:
-            raise UserError(f"{flag} {value} must be at least {least}")
+            raise UserError(f"{flag} {value} must be at least {least}.")
 
 
 def _violation(rule: DivisibilityRule, layout: RunSizes) -> str:
@@ -293,7 +293,8 @@ def _advice(rule: DivisibilityRule, layout: RunSizes) -> str:
         names, layout, (rule,), largest
     )
     text = ", or ".join(phrases)
-    return text if text.startswith("start") else f"use {text}"
+    text = text if text.startswith("start") else f"use {text}"
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _working_sizes(

@@ -60,9 +60,9 @@ def blends(args: Namespace) -> list[Blend]:
     sources = [_flag(name) for name in _SOURCES if getattr(args, name)]
     per_split = [flag for flag in sources if flag in map(_flag, _PER_SPLIT)]
     if not sources:
-        raise UserError("no data: give --data-path, or --train-data-path and --valid-data-path")
+        raise UserError("No data. Give --data-path, or --train-data-path and --valid-data-path.")
     if len(sources) > 1 and sources != per_split:
-        raise UserError(f"{' and '.join(sources)} both name training data: give only one of them")
+        raise UserError(f"{' and '.join(sources)} both name training data. Give only one of them.")
     if sources[0] in ("--data-path", "--data-args-path"):
         words = args.data_path or _read(args.data_args_path, sources[0]).split()
         prefixes, weights = parse_blend(words, sources[0])
@@ -76,7 +76,7 @@ def blends(args: Namespace) -> list[Blend]:
         if args.split is not None:
             raise UserError(
                 f"--split {args.split} divides --data-path, but {sources[0]} names the data of "
-                "each split: leave --split out"
+                "each split. Leave --split out."
             )
         result = [
             Blend(flag, kind, *parse_blend(words, flag))
@@ -115,21 +115,22 @@ def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float]
     for index, number in enumerate(numbers):
         if index % 2 and number is not None:
             raise UserError(
-                f"{flag}: {words[index]} is a number where a dataset is expected: give a weight "
-                "before every dataset"
+                f"{flag}: {words[index]} is a number where a dataset is expected. Give a weight "
+                "before every dataset."
             )
         if index % 2 == 0 and number is None:
             raise UserError(
-                f"{flag}: {words[index]} has no weight: give a weight before every dataset, or none"
+                f"{flag}: {words[index]} has no weight. Give a weight before every dataset, or "
+                "none."
             )
         if number is not None and not (number > 0 and math.isfinite(number)):
             name = words[index + 1] if index + 1 < len(words) else "no dataset"
             raise UserError(
-                f"{flag}: the weight {words[index]} of {name} must be above 0: leave the dataset "
-                "out, or give it another weight"
+                f"{flag}: the weight {words[index]} of {name} must be above 0. Leave the dataset "
+                "out, or give it another weight."
             )
     if len(words) % 2:
-        raise UserError(f"{flag}: the weight {words[-1]} has no dataset: give one after it")
+        raise UserError(f"{flag}: the weight {words[-1]} has no dataset. Give one after it.")
     weights = [number for number in numbers if number is not None]
     return [word.strip() for word in words[1::2]], weights
 
@@ -153,10 +154,10 @@ def check_documents(splits: Sequence[Blend], args: Namespace) -> None:
             if tokens > (args.seq_length if once else 0):
                 continue
             source = f"--split {args.split}" if blend.part != (0.0, 1.0) else blend.flag
-            fix = "give another --split" if blend.part != (0.0, 1.0) else "give more data"
+            fix = "Give another --split." if blend.part != (0.0, 1.0) else "Give more data."
             raise UserError(
                 f"{source} leaves {tokens:,} tokens of {prefix} for {blend.kind}, fewer than a "
-                f"sample of --seq-length {args.seq_length} needs: {fix}"
+                f"sample of --seq-length {args.seq_length} needs. {fix}"
             )
 
 
@@ -188,8 +189,8 @@ def check_enough_samples(args: Namespace, progress: RunProgress) -> None:
             limiting_flag = "--train-iters" if blend.kind == "training" else "--eval-iters"
             raise UserError(
                 f"{blend.flag}: datasets without weights are read once, and their {samples:,} "
-                f"samples are fewer than the {needed[blend.kind]:,} of {blend.kind}: give a weight "
-                f"before every dataset, or lower {limiting_flag}"
+                f"samples are fewer than the {needed[blend.kind]:,} of {blend.kind}. Give a weight "
+                f"before every dataset, or lower {limiting_flag}."
             )
 
 
@@ -202,19 +203,19 @@ def _check_kinds(splits: Sequence[Blend], args: Namespace) -> None:
     """Refuse a run without the training or validation data that it needs."""
     kinds = {blend.kind: blend for blend in splits}
     if "training" not in kinds and not args.skip_train:
-        raise UserError("no training data: give --train-data-path, or --split with a first share")
+        raise UserError("No training data. Give --train-data-path, or --split with a first share.")
     evaluates = bool(args.eval_iters or args.full_validation)
     if evaluates and "validation" not in kinds:
         flag = splits[0].flag
         where = f"--split {args.split}" if args.split is not None else f"{flag} alone"
         fix = (
-            "give it a second share above 0" if args.split is not None else "give --valid-data-path"
+            "Give it a second share above 0" if args.split is not None else "Give --valid-data-path"
         )
-        raise UserError(f"no validation data with {where}: {fix}, or {_NO_VALIDATION}")
+        raise UserError(f"No validation data with {where}. {fix}, or {_NO_VALIDATION}.")
     if args.full_validation and kinds["validation"].weights is not None:
         raise UserError(
             f"--full-validation reads every dataset once, and {kinds['validation'].flag} has "
-            "weights: leave out one of the two"
+            "weights. Leave out one of the two."
         )
 
 
@@ -228,8 +229,8 @@ def _split_matrix(args: Namespace) -> list[tuple[float, float] | None]:
         or not any(numbers)
     ):
         raise UserError(
-            f"--split {args.split} is invalid: give the shares of training, validation and test "
-            "data, such as 969,30,1"
+            f"--split {args.split} is invalid. Give the shares of training, validation and test "
+            "data, such as 969,30,1."
         )
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
 
@@ -247,7 +248,7 @@ def _per_split(args: Namespace) -> tuple[list[str], list[Sequence[str]]]:
         contents = json.loads(text)
         values = [contents[name] for name in names]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} must be a JSON object with train, valid and test") from error
+        raise UserError(f"{flag} must be a JSON object with train, valid and test.") from error
     return [flag] * 3, [v.split() if isinstance(v, str) else v or [] for v in values]
 
 

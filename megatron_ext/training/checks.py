@@ -126,9 +126,9 @@ def _check_same_settings(rank_0: dict[str, Any], args: Namespace) -> None:
     for name in sorted(rank_0.keys() | settings.keys()):
         if rank_0.get(name) != settings.get(name):
             raise UserError(
-                f"rank {args.rank} on {platform.node()} was started with {name} = "
-                f"{settings.get(name)} and rank 0 with {rank_0.get(name)}: start all ranks with "
-                "the same command and environment"
+                f"Rank {args.rank} on {platform.node()} was started with {name} = "
+                f"{settings.get(name)} and rank 0 with {rank_0.get(name)}. Start all ranks with "
+                "the same command and environment."
             )
 
 

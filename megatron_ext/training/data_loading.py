@@ -110,8 +110,8 @@ def _get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> dict[str, 
             sample = next(data_iterator)
         except OSError as error:
             raise UserError(
-                f"the data cannot be read any more: {error}; restore it and run the same "
-                "command again to resume"
+                f"The data cannot be read any more: {error}. Restore it and run the same "
+                "command again to resume."
             ) from error
         batch = {name: sample[name].cuda(non_blocking=True) for name in _FIELDS}
         batch["attention_mask"] = None

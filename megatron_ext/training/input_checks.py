@@ -36,8 +36,8 @@ def _check_pretrained(args: Namespace) -> None:
         return
     if not Path(args.pretrained_checkpoint, TRACKER).is_file():  # Megatron looks for no other file
         raise UserError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}: use a "
-            "folder of checkpoints, such as RUN_DIR/checkpoints"
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no {TRACKER}. Use a "
+            "folder of checkpoints, such as RUN_DIR/checkpoints."
         )
     checkpoint = find_checkpoint(args.pretrained_checkpoint)
     saved = read_common_state(checkpoint)["args"]
@@ -58,26 +58,26 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
     files = {suffix: Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin")}
     for file in files.values():
         if not file.is_file():
-            raise UserError(f"dataset file {file} does not exist: make it with preprocess_data")
+            raise UserError(f"Dataset file {file} does not exist. Make it with preprocess_data.")
         if file.stat().st_size == 0:
-            raise UserError(f"dataset file {file} is empty: make it again with preprocess_data")
+            raise UserError(f"Dataset file {file} is empty. Make it again with preprocess_data.")
     try:
         dataset = _Dataset(prefix)
     except Exception as error:
         raise UserError(
-            f"dataset index {files['idx']} is damaged: make it again with preprocess_data"
+            f"Dataset index {files['idx']} is damaged. Make it again with preprocess_data."
         ) from error
     tokens = int(dataset.sequence_lengths.sum())
     expected = tokens * np.dtype(dataset.index.dtype).itemsize
     if files["bin"].stat().st_size != expected:
         raise UserError(
-            f"dataset file {files['bin']} has {files['bin'].stat().st_size:,} bytes, but its "
-            f"index says {expected:,}: it is truncated, make it again with preprocess_data"
+            f"Dataset file {files['bin']} has {files['bin'].stat().st_size:,} bytes, but its "
+            f"index says {expected:,}: it is truncated, make it again with preprocess_data."
         )
     if tokens <= args.seq_length:
         raise UserError(
-            f"dataset {prefix} has {tokens:,} tokens, fewer than a sample of --seq-length "
-            f"{args.seq_length} needs: add text or lower --seq-length"
+            f"Dataset {prefix} has {tokens:,} tokens, fewer than a sample of --seq-length "
+            f"{args.seq_length} needs. Add text or lower --seq-length."
         )
     check_dataset_tokenizer(prefix, args, f"--tokenizer-model {args.tokenizer_model}")
 
@@ -102,9 +102,9 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
     least = -(-1 // rate.rate)
     if rate.k(pool) < 1:
         raise UserError(
-            f"an expert takes {float(rate.rate):g} of the tokens, less than one of the {pool} in "
-            f"a micro-batch of all ranks: raise --micro-batch-size or --seq-length to make it at "
-            f"least {least}"
+            f"An expert takes {float(rate.rate):g} of the tokens, less than one of the {pool} in "
+            f"a micro-batch of all ranks. Raise --micro-batch-size or --seq-length to make it at "
+            f"least {least}."
         )
     per_rank //= args.tensor_model_parallel_size
     if config.et_cutoff_pool == "step":
@@ -114,15 +114,15 @@ def check_pools(args: Namespace, config: ETConfig) -> None:
             raise UserError(
                 f"--et-cutoff-pool step keeps the router logits of a whole step, and "
                 f"--et-logit-buffer-mb {config.et_logit_buffer_mb:g} has room for only "
-                f"{config.logit_buffer_bytes / needed:.0%} of them: raise it, or use "
-                "--et-cutoff-pool microbatch"
+                f"{config.logit_buffer_bytes / needed:.0%} of them. Raise it, or use "
+                "--et-cutoff-pool microbatch."
             )
     # Expert choice selects the top k of the whole pool and ignores the capacity.
     limited = config.router.trains_by_threshold and config.et_capacity is not None
     limited &= config.et_capacity_pool == "rank"
     if limited and rate.k(per_rank) < 1:
         raise UserError(
-            f"an expert takes {float(rate.rate):g} of the tokens, less than one of a rank's "
-            f"{per_rank}: use --et-capacity-pool global, or micro-batches of at least {least} "
-            "tokens a rank"
+            f"An expert takes {float(rate.rate):g} of the tokens, less than one of a rank's "
+            f"{per_rank}. Use --et-capacity-pool global, or micro-batches of at least {least} "
+            "tokens a rank."
         )

@@ -52,14 +52,14 @@ class Launch:
             )
         except ValueError as error:  # a variable of the environment is missing
             raise UserError(
-                f"WORLD_SIZE is {size}, but MASTER_ADDR or MASTER_PORT is not set: start the ranks "
-                "with torchrun"
+                f"WORLD_SIZE is {size}, but MASTER_ADDR or MASTER_PORT is not set. Start the ranks "
+                "with torchrun."
             ) from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
-                f"rank {rank} cannot reach the launch's store at {address} within {timeout:g} s: "
-                "check that rank 0 was started and that the address is right"
+                f"Rank {rank} cannot reach the launch's store at {address} within {timeout:g} s. "
+                "Check that rank 0 was started and that the address is right."
             ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(dist.PrefixStore(f"launch/{attempt}", store), rank, size, timeout)
@@ -163,7 +163,7 @@ class Launch:
             self.store.wait([key], timedelta(seconds=2 * self.timeout))
         except dist.DistError as error:
             raise UserError(
-                f"rank {self.rank} received nothing from rank 0 for {2 * self.timeout:g} s: check "
-                "what blocks it, or raise --stall-timeout"
+                f"Rank {self.rank} received nothing from rank 0 for {2 * self.timeout:g} s. Check "
+                "what blocks it, or raise --stall-timeout."
             ) from error
         return self.store.get(key).decode()

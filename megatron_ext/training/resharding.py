@@ -65,14 +65,14 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
     """
     if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", False):
         return
-    advice = "or begin with a new optimizer by --no-load-optim"
+    advice = "or begin with a new optimizer by --no-load-optim."
     muon = ("muon_router",) if args.optimizer == "muon" else ()
     for name in ("optimizer", "bf16", "fp16", *muon):
         current, previous = getattr(args, name), getattr(saved, name, None)
         if current != previous:
             raise UserError(
                 f"{checkpoint} was trained with {name} = {previous}, but the flags say "
-                f"{current}: make them equal, {advice}"
+                f"{current}. Make them equal, {advice}"
             )
     sharded = saved.use_distributed_optimizer or _distributes_matrices(saved)
     if not sharded or saved.dist_ckpt_optim_fully_reshardable:
@@ -91,7 +91,7 @@ def check_resharding(checkpoint: Path, saved: Namespace, args: Namespace) -> Non
         if current != previous:
             raise UserError(
                 f"{checkpoint} was saved with --no-dist-ckpt-optim-fully-reshardable and {name} = "
-                f"{previous}, but the flags say {current}: save it once more from there without "
+                f"{previous}, but the flags say {current}. Save it once more from there without "
                 f"that flag, {advice}"
             )
 

@@ -60,7 +60,7 @@ def check_resuming(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
         sharing = " and ".join(name for name, kind in ROUTERS.items() if kind.uses_thresholds)
         raise UserError(
             f"{checkpoint} was trained with --router-type {saved.router_type} and cannot continue "
-            f"as {args.router_type}: only {sharing} share thresholds"
+            f"as {args.router_type}: only {sharing} share thresholds."
         )
     check_resharding(checkpoint, saved, args)
     check_same_model(checkpoint, saved, args)
@@ -73,8 +73,8 @@ def check_resuming(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
             if current != previous and hasattr(saved, name):  # older checkpoints have fewer flags
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {previous}, but the flags say "
-                    f"{current}: use --override-opt-param-scheduler to resume with the flags, or "
-                    "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule"
+                    f"{current}. Use --override-opt-param-scheduler to resume with the flags, or "
+                    "--use-checkpoint-opt-param-scheduler to keep the checkpoint's schedule."
                 )
     if not (weights_only or args.override_opt_param_scheduler or args.skip_train):
         check_same_schedule(checkpoint, saved, args)
@@ -83,8 +83,8 @@ def check_resuming(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
             if current != previous:
                 raise UserError(
                     f"{checkpoint} was trained with {name} = {previous}, but the flags say "
-                    f"{current}: make them equal, or use --override-opt-param-scheduler to train "
-                    "with the flags"
+                    f"{current}. Make them equal, or use --override-opt-param-scheduler to train "
+                    "with the flags."
                 )
     check_model_tokenizer(checkpoint, saved, args)
 

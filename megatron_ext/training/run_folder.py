@@ -50,8 +50,8 @@ def check_not_overwritten(args: Namespace) -> None:
     if (save / TRACKER).is_file() or iterations(save):
         flag = "--finetune" if args.finetune else f"--load {args.load}"
         raise UserError(
-            f"{flag} starts a new run, but {where} holds checkpoints of an earlier one: give "
-            f"another folder, or leave {flag.split()[0]} out to resume the earlier run"
+            f"{flag} starts a new run, but {where} holds checkpoints of an earlier one. Give "
+            f"another folder, or leave {flag.split()[0]} out to resume the earlier run."
         )
     if args.run_dir is None or not args.finetune:
         return
@@ -62,8 +62,8 @@ def check_not_overwritten(args: Namespace) -> None:
         and _commands(Path(args.run_dir))[-1:] != [_command()]
     ):
         raise UserError(
-            f"--finetune starts a new run, but {rows} holds the metrics of an earlier one: give "
-            "another --run-dir"
+            f"--finetune starts a new run, but {rows} holds the metrics of an earlier one. Give "
+            "another --run-dir."
         )
 
 

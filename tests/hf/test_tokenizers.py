@@ -187,7 +187,7 @@ def test_export_of_another_models_tokenizer_copies_end_tokens_only(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"eos_token_id": ["</s>"]}', "give the id of")],
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"eos_token_id": ["</s>"]}', "Give the id of")],
 )
 def test_a_damaged_generation_config_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)

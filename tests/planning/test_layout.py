@@ -41,42 +41,42 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (
             6,
             {TP: 4, "num_attention_heads": 12},
-            "6 ranks cannot be distributed over --tensor-model-parallel-size 4: use "
+            "6 ranks cannot be distributed over --tensor-model-parallel-size 4. Use "
             "--tensor-model-parallel-size 2, or start 4 or 8 ranks",
         ),
         (
             8,
             {TP: 2, PP: 2, CP: 4},
             "--tensor-model-parallel-size 2 times --context-parallel-size 4 times "
-            "--pipeline-model-parallel-size 2: use",
+            "--pipeline-model-parallel-size 2. Use",
         ),
         (
             4,
             {TP: 4},
-            "--num-attention-heads 6 is not divisible by --tensor-model-parallel-size 4: use "
+            "--num-attention-heads 6 is not divisible by --tensor-model-parallel-size 4. Use "
             "--tensor-model-parallel-size 2",
         ),
         (
             1,
             {"group_query_attention": True, "num_query_groups": 4},
-            "--num-attention-heads 6 is not divisible by --num-query-groups 4: use "
+            "--num-attention-heads 6 is not divisible by --num-query-groups 4. Use "
             "--num-query-groups 3 or 6",
         ),
         (
             2,
             {TP: 2, "group_query_attention": True, "num_query_groups": 3},
-            "--num-query-groups 3 is not divisible by --tensor-model-parallel-size 2: use",
+            "--num-query-groups 3 is not divisible by --tensor-model-parallel-size 2. Use",
         ),
         (
             6,
             {TP: 3, "group_query_attention": True, "num_query_groups": 2, "seq_length": 2049},
-            "--tensor-model-parallel-size 3 is not divisible by --num-query-groups 2: use "
+            "--tensor-model-parallel-size 3 is not divisible by --num-query-groups 2. Use "
             "--num-query-groups 1 or 3",
         ),
         (
             2,
             {TP: 2, "moe_ffn_hidden_size": 1535},
-            "--moe-ffn-hidden-size 1535 is not divisible by --expert-tensor-parallel-size 2: use "
+            "--moe-ffn-hidden-size 1535 is not divisible by --expert-tensor-parallel-size 2. Use "
             "--expert-tensor-parallel-size 1, or --moe-ffn-hidden-size 1534 or 1536",
         ),
         (
@@ -88,69 +88,69 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         (
             12,
             {EP: 3},
-            "--num-experts 16 is not divisible by --expert-model-parallel-size 3: use "
+            "--num-experts 16 is not divisible by --expert-model-parallel-size 3. Use "
             "--expert-model-parallel-size 2 or 4, or --num-experts 15 or 18",
         ),
         (
             4,
             {EP: 8},
-            "4 ranks cannot be distributed over --expert-model-parallel-size 8: use "
+            "4 ranks cannot be distributed over --expert-model-parallel-size 8. Use "
             "--expert-model-parallel-size 4",
         ),
         (
             4,
             {EP: 4, PP: 2},
             "a pipeline stage of 2 ranks cannot be distributed over --expert-model-parallel-size "
-            "4: use --expert-model-parallel-size 2, or start 8 ranks",
+            "4. Use --expert-model-parallel-size 2, or start 8 ranks",
         ),
         (
             5,
             {PP: 5},
-            "--num-layers 12 is not divisible by --pipeline-model-parallel-size 5: use "
+            "--num-layers 12 is not divisible by --pipeline-model-parallel-size 5. Use "
             "--num-layers 10 or 15",
         ),
         (
             4,
             {PP: 4, VIRTUAL: 2},
             "--num-layers 12 is not divisible by --num-layers-per-virtual-pipeline-stage 2 times "
-            "--pipeline-model-parallel-size 4: use --num-layers-per-virtual-pipeline-stage 1 or 3",
+            "--pipeline-model-parallel-size 4. Use --num-layers-per-virtual-pipeline-stage 1 or 3",
         ),
         (
             4,
             {PP: 4, VIRTUAL: 1, "global_batch_size": 24},
             "--global-batch-size 24 is not divisible by --micro-batch-size 4 times "
-            "--pipeline-model-parallel-size 4: use --micro-batch-size 3 or 6",
+            "--pipeline-model-parallel-size 4. Use --micro-batch-size 3 or 6",
         ),
         (1, {VIRTUAL: 1}, "needs --pipeline-model-parallel-size of at least 2"),
         (
             2,
             {CP: 2, "seq_length": 2046},
-            "--seq-length 2046 is not divisible by 2 times --context-parallel-size 2: use "
+            "--seq-length 2046 is not divisible by 2 times --context-parallel-size 2. Use "
             "--context-parallel-size 1, or --seq-length 2044 or 2048",
         ),
         (
             2,
             {TP: 2, "seq_length": 2047},
-            "--seq-length 2047 is not divisible by --tensor-model-parallel-size 2: use "
+            "--seq-length 2047 is not divisible by --tensor-model-parallel-size 2. Use "
             "--tensor-model-parallel-size 1, or --seq-length 2046 or 2048",
         ),
         (
             5,
             {},
             "--global-batch-size 48 is not divisible by --micro-batch-size 4 times 5 data-parallel "
-            "ranks: use --global-batch-size 40 or 60, or start 4 or 6 ranks",
+            "ranks. Use --global-batch-size 40 or 60, or start 4 or 6 ranks",
         ),
         (
             2,
             {"micro_batch_size": 48},
             "--global-batch-size 48 is too small for --micro-batch-size 48 times 2 data-parallel "
-            "ranks: use --micro-batch-size 24",
+            "ranks. Use --micro-batch-size 24",
         ),
-        (2, {TP: 2, "sequence_parallel": False}, "needs --sequence-parallel: add it"),
+        (2, {TP: 2, "sequence_parallel": False}, "needs --sequence-parallel. Add it"),
         (
             2,
             {TP: 2, "expert_tensor_parallel_size": 1, "optimizer": "muon"},
-            "have 2 copies where all other parameters have one: leave it out, or use "
+            "have 2 copies where all other parameters have one. Leave it out, or use "
             "--expert-model-parallel-size 2",
         ),
         (
@@ -160,7 +160,7 @@ VIRTUAL = "num_layers_per_virtual_pipeline_stage"
         ),
         (1, {"num_experts": -1}, "--num-experts -1 must be at least 0"),
         (1, {TP: 0}, "--tensor-model-parallel-size 0 must be at least 1"),
-        (2, {CP: 2, "hierarchical_context_parallel_sizes": [2]}, "use --context-parallel-size"),
+        (2, {CP: 2, "hierarchical_context_parallel_sizes": [2]}, "Use --context-parallel-size"),
     ],
 )
 def test_refusals(ranks: int, changes: dict[str, object], message: str) -> None:
@@ -210,13 +210,13 @@ def test_advice_is_the_nearest_setting_that_works(sizes: dict[str, int], ranks: 
     try:
         check_layout(args, ranks)
     except UserError as error:
-        advice = str(error).rsplit(": ", 1)[1]
+        advice = str(error).removesuffix(".").rsplit(". ", 1)[1]
     else:
         assert sound(layout)
         return
     names = {flag: name for name, flag in FLAGS.items()}
     advised: dict[str, list[int]] = {}
-    for way in advice.removeprefix("use ").split(", or "):
+    for way in advice.removeprefix("Use ").split(", or "):
         words = re.findall(r"--[a-z-]+|\d+", way)
         name = names[words.pop(0)] if words[0].startswith("--") else "ranks"
         advised[name] = [int(word) for word in words]

@@ -74,18 +74,18 @@ def test_blend_accepts_a_dataset_named_like_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({}, "no data: give --data-path"),
-        ({"train_data_path": ["A"]}, "no validation data with --train-data-path alone"),
-        ({"data_path": ["A"], "split": "100,0,0"}, "no validation data with --split 100,0,0"),
-        ({"data_path": ["A"], "split": "100"}, "no validation data with --split 100"),
-        ({"data_path": ["A"], "split": "0,1,0"}, "no training data"),
-        ({"valid_data_path": ["A"]}, "no training data"),
-        ({"data_path": ["A"], "split": "0,0,0"}, "--split 0,0,0 is invalid: give the shares"),
-        ({"data_path": ["A"], "split": "some"}, "--split some is invalid: give the shares"),
-        ({"data_path": ["A"], "split": "9,-1"}, "--split 9,-1 is invalid: give the shares"),
+        ({}, "No data. Give --data-path"),
+        ({"train_data_path": ["A"]}, "No validation data with --train-data-path alone"),
+        ({"data_path": ["A"], "split": "100,0,0"}, "No validation data with --split 100,0,0"),
+        ({"data_path": ["A"], "split": "100"}, "No validation data with --split 100"),
+        ({"data_path": ["A"], "split": "0,1,0"}, "No training data"),
+        ({"valid_data_path": ["A"]}, "No training data"),
+        ({"data_path": ["A"], "split": "0,0,0"}, "--split 0,0,0 is invalid. Give the shares"),
+        ({"data_path": ["A"], "split": "some"}, "--split some is invalid. Give the shares"),
+        ({"data_path": ["A"], "split": "9,-1"}, "--split 9,-1 is invalid. Give the shares"),
         (
             {"train_data_path": ["A"], "valid_data_path": ["B"], "split": "9,1,0"},
-            "leave --split out",
+            "Leave --split out",
         ),
         (
             {"data_path": ["A"], "split": "9,1,0", "train_data_path": ["A"]},
@@ -122,7 +122,7 @@ def test_blend_without_evaluation_requires_no_validation_data(tmp_path: Path) ->
 def test_mock_data_require_a_split_for_validation() -> None:
     check_mock_split(run(split="90,5,5"))
     check_mock_split(run())  # Megatron's own, of three parts
-    with pytest.raises(UserError, match="no validation data with --split 1,0,0"):
+    with pytest.raises(UserError, match="No validation data with --split 1,0,0"):
         check_mock_split(run(split="1,0,0"))
 
 

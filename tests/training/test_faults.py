@@ -110,7 +110,7 @@ def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: 
     assert [code for code, _ in ended] == [2, 2]
     message = "".join(stderr for _, stderr in ended)
     assert "rank 1 on " in message
-    assert "with lr = 0.5 and rank 0 with 0.01: start all ranks with the same" in message
+    assert "with lr = 0.5 and rank 0 with 0.01. Start all ranks with the same" in message
     assert message.count("pretrain_et.py:") == 1
 
     ended = run_ranks(start, 2, [*flags, "--stall-timeout", "4"], {}, {1: 12})
@@ -264,5 +264,5 @@ def test_missing_data_on_resume_are_named(dataset: Path, tmp_path: Path) -> None
     ended = run_ranks(start_and_do, 2, [*flags, "--no-mmap-bin-files"], 3, vanish_now)
     assert {code for code, _ in ended} == {2}
     message = "".join(stderr for _, stderr in ended)
-    assert "the data cannot be read any more" in message and f"{prefix}.bin" in message
+    assert "The data cannot be read any more" in message and f"{prefix}.bin" in message
     assert whole_checkpoints(run) == ["iter_0000002", "iter_0000004", "iter_0000006"]

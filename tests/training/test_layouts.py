@@ -197,7 +197,7 @@ def test_resume_refuses_state_that_cannot_be_resharded(tmp_path: Path) -> None:
     load = ("--load", str(tmp_path / "source" / "checkpoints"), "--exit-interval", "4")
     rows = train(tmp_path / "same", sharded, *load)
     assert [r["step"] for r in rows] == [3, 4]
-    with pytest.raises(UserError, match="save it once more from there without that flag"):
+    with pytest.raises(UserError, match="Save it once more from there without that flag"):
         train(tmp_path / "other", Layout("TP 2", 2, 1, (*TP2, *SHARDED)), *load)
     with pytest.raises(UserError, match="trained with bf16 = False, but the flags say True"):
         train(tmp_path / "bf16", sharded, *load, "--bf16")

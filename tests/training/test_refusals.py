@@ -53,11 +53,11 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--et-logit-buffer-mb", "-1"], "--et-logit-buffer-mb -1.0 must not be negative"),
         (
             ["--et-cutoff-pool", "step", "--et-logit-buffer-mb", "0.003"],
-            "--et-logit-buffer-mb 0.003 has room for only 77% of them: raise it, or use",
+            "--et-logit-buffer-mb 0.003 has room for only 77% of them. Raise it, or use",
         ),
         (["--router-type", "expert"], "--router-type"),
         (["--moe-token-dispatcher-type", "flex"], "Use alltoall or allgather"),
-        (["--moe-expert-capacity-factor", "1"], "use --et-capacity"),
+        (["--moe-expert-capacity-factor", "1"], "Use --et-capacity"),
         (["--moe-router-enable-expert-bias"], "thresholds balance the load"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--recipe", "no_such_recipe.yaml"], "no_such_recipe.yaml: No such file"),
@@ -71,9 +71,9 @@ def changed(dataset: Path, folder: Path) -> Path:
         (["--moe-layer-freq", "0"], "--moe-layer-freq 0 must be at least 1"),
         (["--kv-channels", "15"], "--kv-channels 15 is odd"),
         (["--main-params-dtype", "fp16"], "needs --use-precision-aware-optimizer"),
-        (["--transformer-impl", "inference_optimized"], "it is not for training; use local"),
+        (["--transformer-impl", "inference_optimized"], "Use local for training."),
         (["--reuse-grad-buf-for-mxfp8-param-ag"], "keeping params in MXFP8"),
-        (["--fp16", "--et-warmup-iters", "0"], "lower --initial-loss-scale, or use --bf16"),
+        (["--fp16", "--et-warmup-iters", "0"], "Lower --initial-loss-scale, or use --bf16"),
         (["--skip-train"], "Train for at least one step"),
     ],
 )
@@ -91,7 +91,7 @@ def test_async_strategy_without_its_package() -> None:
 
 def test_pretrain_refuses_experts_with_biases() -> None:
     biased = [flag for flag in TINY if flag != "--disable-bias-linear"]
-    assert "add --disable-bias-linear" in refusal(biased)
+    assert "Add --disable-bias-linear" in refusal(biased)
     shared = biased.index("--moe-shared-expert-intermediate-size")
     del biased[shared : shared + 2]
     assert "--num-experts is incompatible with biases" in refusal(biased)
@@ -113,7 +113,7 @@ def test_pretrain_refuses_wrong_recipes_in_one_sentence(tmp_path: Path) -> None:
 def test_pretrain_refuses_missing_empty_truncated_and_short_data(
     dataset: Path, tmp_path: Path
 ) -> None:
-    assert "no data: give --data-path" in refusal(REAL_DATA)
+    assert "No data. Give --data-path" in refusal(REAL_DATA)
     missing = tmp_path / "missing"
     assert f"{missing}.idx does not exist" in refusal([*REAL_DATA, "--data-path", str(missing)])
 
@@ -197,7 +197,7 @@ def test_pretrain_refuses_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     assert "layernorm_epsilon" in refusal(flags)
     flags = [*other_flags, "--finetune", "--load", checkpoints, "--rotary-percent", "0.5"]
     assert "rotary_percent = 1.0, but the flags say 0.5" in refusal(flags)
-    assert "use a folder of checkpoints" in refusal(
+    assert "Use a folder of checkpoints" in refusal(
         [*other_flags, "--pretrained-checkpoint", str(tmp_path)]
     )
     newest = next((tmp_path / "checkpoints").glob("iter_*"))

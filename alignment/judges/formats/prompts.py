@@ -178,7 +178,7 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
     text = _PLACEHOLDER.sub(lambda match: parts.get(match[1], match[0]), text)
     before, *sections = _SECTION.split(text)
     if before.strip() or not sections:
-        raise UserError(f"{path} must begin with a line === system === or === user ===")
+        raise UserError(f"{path} must begin with a line === system === or === user ===.")
     used = set(_PLACEHOLDER.findall(text)) - {"mark"}
     reserved = {"rubric", "rules", "answer"}.union(*_MATERIAL.values())
     # A name similar to that of a text is a mistake; {column:NAME} is certainly a column.
@@ -187,7 +187,7 @@ def judge_prompt(name: str, thinks: bool = False) -> JudgePrompt:
     if wrong := sorted(used - allowed) or sorted(_MATERIAL[kind] - used):
         problem = "has an unknown" if wrong[0] in used else "lacks the"
         raise UserError(
-            f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template; write "
+            f"{path} {problem} placeholder {{{wrong[0]}}}. Correct the template. Write "
             "{column:NAME} for a column of the data with a similar name."
         )
     pairs = [(role, body.strip()) for role, body in zip(sections[::2], sections[1::2])]

@@ -121,7 +121,7 @@ class EndpointJudge:
             problem = type(error)(f"the judge {name}: {error}")
         except OSError as error:
             problem = UserError(
-                f"the judge {name} cannot store its answers in {self._store}: {error}"
+                f"The judge {name} cannot store its answers in {self._store}: {error}"
             )
         shares = self._gather((rows, problem))
         if first := next((problem for _, problem in shares if problem), None):
@@ -256,9 +256,9 @@ class EndpointJudge:
         """Raise a UserError if no answer of this endpoint can have an expected score."""
         if problem := self._task.lacks_log_probs(answer):
             raise UserError(
-                f"the endpoint {self._config.url} returns no log-probabilities that can be used "
-                f"({problem}), and the score is the expectation under them: set expected_score: "
-                "false in the judge's file, or use a server that returns them"
+                f"The endpoint {self._config.url} returns no log-probabilities that can be used "
+                f"({problem}), and the score is the expectation under them. Set expected_score: "
+                "false in the judge's file, or use a server that returns them."
             )
 
     @cached_property

@@ -50,10 +50,10 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError("--seeds names a seed twice: remove one.")
+            raise UserError("--seeds names a seed twice. Remove one.")
         if self.quickstart and not (Path(self.quickstart) / "metrics.jsonl").is_file():
             raise UserError(
-                f"--quickstart {self.quickstart} has no metrics.jsonl: give the folder of a "
+                f"--quickstart {self.quickstart} has no metrics.jsonl. Give the folder of a "
                 "finished quickstart."
             )
 

@@ -43,11 +43,11 @@ def read_settings(file: Path) -> Mapping[str, Any]:
         sections = set(settings) if isinstance(settings, dict) else set()
         wrong = sorted(sections ^ _SECTIONS)
         raise UserError(
-            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}: see {', '.join(wrong)}"
+            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}. See {', '.join(wrong)}."
         )
     for name in sorted(_SECTIONS - {"name", "recipe"}):
         if not isinstance(settings[name], dict):
-            raise UserError(f"{file}: {name} must be a mapping, not {settings[name]!r}")
+            raise UserError(f"{file}: {name} must be a mapping, not {settings[name]!r}.")
     if "seq_length" not in settings["judge"]:
         raise UserError(
             f"{file}: judge must have seq_length, which policies use for it too. Add it."

@@ -51,14 +51,14 @@ def seconds_of(operation: str, group: Any, size: int) -> float:
         return _all_reduce(group, size) if operation == "all-reduce" else _all_to_all(group, size)
     except _WrongResult:
         raise UserError(
-            f"{operation} over ranks {_names(members)} gives wrong results: check the cables "
-            "and drivers of their nodes"
+            f"{operation} over ranks {_names(members)} gives wrong results. Check the cables "
+            "and drivers of their nodes."
         ) from None
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"{operation} over ranks {_names(members)} fails ({reason}): check that these nodes "
-            "reach each other over INTERFACE, and NCCL_DEBUG=INFO"
+            f"{operation} over ranks {_names(members)} fails ({reason}). Check that these nodes "
+            "reach each other over INTERFACE, and NCCL_DEBUG=INFO."
         ) from error
 
 
@@ -179,8 +179,8 @@ def meet(args: Any, launch: Launch) -> CheckResult:
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"ranks cannot make their groups ({reason}): check that the nodes reach each other "
-            "over INTERFACE, and NCCL_DEBUG=INFO"
+            f"Ranks cannot make their groups ({reason}). Check that the nodes reach each other "
+            "over INTERFACE, and NCCL_DEBUG=INFO."
         ) from error
     return CheckResult(f"{args.distributed_backend} connects all {dist.get_world_size()} ranks")
 

@@ -91,8 +91,8 @@ def clocks(launch: Launch, tolerance: float) -> CheckResult:
     offset, error = offsets[furthest]
     if abs(offset) - error > tolerance:
         raise UserError(
-            f"the clock of rank {furthest}'s node is {offset:+.3f} s off rank 0's: start NTP there "
-            "(see chronyc tracking), because the times of its logs and files are wrong"
+            f"The clock of rank {furthest}'s node is {offset:+.3f} s off rank 0's. Start NTP there "
+            "(see chronyc tracking), because the times of its logs and files are wrong."
         )
     return CheckResult(f"differ by {abs(offset):.3f} s at most, measured within {error:.3f} s")
 

@@ -45,14 +45,14 @@ class DryRun:
         try:
             if not self._pipe.poll(timeout):
                 raise UserError(
-                    f"--dry-run does not end within {timeout:g} s: raise --stall-timeout"
+                    f"--dry-run does not end within {timeout:g} s. Raise --stall-timeout."
                 )
             outcome, value = self._pipe.recv()
         except EOFError:
             self._process.join()
             raise UserError(
-                f"--dry-run ended with exit code {self._process.exitcode}: check "
-                "whether the memory of the host ran out"
+                f"--dry-run ended with exit code {self._process.exitcode}. Check "
+                "whether the memory of the host ran out."
             ) from None
         finally:
             self.stop()

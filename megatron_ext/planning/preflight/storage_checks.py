@@ -32,8 +32,8 @@ def write_token(args: Namespace) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
-            f"nothing can be written in {folder} ({error.strerror}): choose another --run-dir or "
-            "--save, or free space"
+            f"Nothing can be written in {folder} ({error.strerror}). Choose another --run-dir or "
+            "--save, or free space."
         ) from error
     return name
 
@@ -51,7 +51,7 @@ def check_token(name: str, node: str) -> None:
     if not Path(name).is_file():
         raise UserError(
             f"{node} does not see {Path(name).parent} of rank 0's node: --run-dir or --save must "
-            "be on a file system that all nodes share"
+            "be on a file system that all nodes share."
         )
 
 
@@ -86,8 +86,8 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
     message = f"{free / GB:,.3g} GB free in {folder}, a checkpoint takes {size / GB:,.3g} GB"
     if keep * size > free:
         raise UserError(
-            f"{message} and {keep} must fit: free space, choose another --run-dir or --save, or "
-            "lower --keep-checkpoints"
+            f"{message} and {keep} must fit. Free space, choose another --run-dir or --save, or "
+            "lower --keep-checkpoints."
         )
     interval = args.save_retain_interval or args.save_interval
     steps = args.train_iters or 0

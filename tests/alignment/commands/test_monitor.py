@@ -200,10 +200,10 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
         (["--input", responses, "--verdicts", pairs], "must contain scores of responses"),
         (["--input", responses, "--limits", str(listed)], "must be a mapping of detectors"),
         (["--input", responses, "--limits", str(broken)], "is not YAML"),
-        (["--input", responses, "--limits", str(wrong)], "the limit of refusal must be from 0"),
+        (["--input", responses, "--limits", str(wrong)], "The limit of refusal must be from 0"),
         (["--input", responses, "--limits", "none.yaml"], "none.yaml cannot be read: No such"),
-        (["--input", responses, "--output", responses], "exists already: give --overwrite"),
-        (["--input", "none.jsonl", "--output", f"{tmp_path}", "--overwrite"], "is a folder: give"),
+        (["--input", responses, "--output", responses], "exists already. Give --overwrite"),
+        (["--input", "none.jsonl", "--output", f"{tmp_path}", "--overwrite"], "is a folder. Give"),
         (["--input", "none.jsonl", "--output", f"{responses}/flags.jsonl"], "jsonl is a file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -119,7 +119,7 @@ def test_files_that_do_not_go_together_are_refused(files):
     write_rows(files / "few.jsonl", scores(1.0, 3, 20))
     pairs = [Verdict(str(i), Outcome.PREFERENCE, preferred=Side.FIRST) for i in range(300)]
     write_rows(files / "pairs.jsonl", pairs)
-    for other, message in (("few", "annotate the same items"), ("pairs", "preferences")):
+    for other, message in (("few", "Annotate the same items"), ("pairs", "preferences")):
         with pytest.raises(UserError, match=message):
             promote(files, ("good", other))
     with pytest.raises(UserError, match="go together"):

@@ -237,7 +237,7 @@ def test_an_answer_must_end_with_an_end_token_of_the_model(tmp_path: Path, capsy
         with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>.*<\|endoftext\|>"):
             check()
     warn_of_template("generate", tokenizer, ASK, {}, trains=False)
-    assert "generate: warning: the chat template ends an answer" in capsys.readouterr().err
+    assert "generate: warning: The chat template ends an answer" in capsys.readouterr().err
 
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')

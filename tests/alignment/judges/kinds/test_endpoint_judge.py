@@ -84,7 +84,7 @@ def test_full_disk_ends_all_ranks_with_one_sentence(tmp_path):
         write_spec(tmp_path, "judge", url=server.url, expected_score=False)
         first, second = run_ranks(judged, 2, tmp_path, ["judge"], False)
     assert first == second
-    assert "the judge judge cannot store its answers in" in first[0]
+    assert "The judge judge cannot store its answers in" in first[0]
     assert "No space left" in first[0]
 
 
