@@ -81,3 +81,15 @@ def test_hybrid_round_trip_is_bit_exact(
             tensor = tensor[:500]  # without Megatron's padding
         assert torch.equal(tensor, new.read(name)), name
     assert torch.equal(megatron.back, megatron.logits)
+
+
+def test_hybrid_hf_model_refuses_what_would_mix_samples(model: Any) -> None:
+    mask = torch.ones(2, 1, 30, 30).tril().bool()
+    with pytest.raises(ValueError, match="needs a mask"):
+        model(TEXTS, attention_mask=mask)
+    model.config._attn_implementation, before = "vllm", model.config._attn_implementation
+    try:  # vLLM's Transformers back end passes the tokens of all requests as one row
+        with pytest.raises(ValueError, match="vLLM does not serve"):
+            model(TEXTS)
+    finally:
+        model.config._attn_implementation = before

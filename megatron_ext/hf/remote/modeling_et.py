@@ -328,6 +328,10 @@ class ExpertThresholdModel(ExpertThresholdPreTrainedModel):
             position_ids=position_ids,
         )
         padding_mask = None
+        if self.config.layer_types is not None and self.config._attn_implementation == "vllm":
+            raise ValueError(
+                "vLLM does not serve Expert Threshold models with Gated DeltaNet layers"
+            )
         if attention_mask is not None and self.config.layer_types is not None:
             if attention_mask.dim() != 2:
                 raise ValueError("a model with Gated DeltaNet layers needs a mask [batch, length]")
