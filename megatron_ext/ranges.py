@@ -87,6 +87,14 @@ def check_ranges(args: Namespace, ranks: int) -> None:
         _check_weight_decay(args)
     if args.phase_transition_iterations:
         _check_phases(args)
+    instances = args.num_distributed_optimizer_instances
+    if instances != 1:
+        sizes = run_sizes(args, ranks)
+        if instances < 1 or (sizes.data * sizes.context) % instances:
+            raise UserError(
+                f"--num-distributed-optimizer-instances {instances} does not divide the "
+                f"{sizes.data * sizes.context} data-parallel ranks. Choose a divisor."
+            )
     if args.multiple_validation_sets != args.full_validation:
         flags = ["--multiple-validation-sets", "--full-validation"]
         flag, needed = flags if args.multiple_validation_sets else reversed(flags)

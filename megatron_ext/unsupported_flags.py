@@ -19,7 +19,10 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         ("multi_latent_attention", "heterogeneous_layers_config_path", "mtp_num_layers",
          "cpu_offloading_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
-         "overlap_moe_expert_parallel_comm", "lazy_mpu_init", "test_mode"),
+         "overlap_moe_expert_parallel_comm", "lazy_mpu_init", "test_mode",
+         "save_activations_interval", "save_wgrads_interval", "save_dgrads_interval",
+         "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards",
+         "fault_injector_ranks", "fault_injector_num_ranks", "error_injection_rate"),
         (None, _LEAVE_OUT),
     ),
     **dict.fromkeys(

@@ -81,6 +81,10 @@ def parsed(*flags: str) -> Namespace:
         (["--phase-transition-iterations", "a"], "must be numbers of steps"),
         (["--phase-transition-iterations", "4"], "requires --train-samples"),
         (["--multiple-validation-sets"], "needs --full-validation"),
+        (
+            ["--num-distributed-optimizer-instances", "3"],
+            "instances 3 does not divide the 1 data-parallel ranks. Choose a divisor.",
+        ),
         (["--full-validation"], "needs --multiple-validation-sets"),
     ],
 )

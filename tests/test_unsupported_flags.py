@@ -42,6 +42,8 @@ def test_supported_flags_pass() -> None:
         ),
         ("--heterogeneous-layers-config-path x", "is not supported by this project. Leave it out"),
         ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project. Leave it out"),
+        ("--save-dgrads-interval 1", "--save-dgrads-interval is not supported by this project."),
+        ("--fault-injector-num-ranks -1", "is not supported by this project. Leave it out."),
         ("--overlap-moe-expert-parallel-comm", "is not supported by this project. Leave it out"),
         ("--hybrid-override-pattern M-", "Use --hybrid-layer-pattern"),
         ("--experimental-attention-variant dsa", "is not supported by this project. Use gated_d"),

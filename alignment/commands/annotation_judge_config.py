@@ -1,6 +1,7 @@
 """Flags of the judge of `et-align annotate`, `evaluate` and `monitor`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -119,6 +120,8 @@ class AnnotationJudgeConfig:
         Raises:
             UserError: Flags are incompatible.
         """
+        if self.cache and Path(self.cache).is_dir():
+            raise UserError(f"--cache {self.cache} is a folder. Give a file.")
         if self.scale:
             if not self.judge.startswith("function:"):
                 raise UserError(
@@ -147,6 +150,18 @@ class AnnotationJudgeConfig:
                 f"--samples {self.samples} at --temperature 0 would pay for the same answer again. "
                 "Give a temperature above 0, for example 0.7."
             )
+
+    def check_unused(self) -> None:
+        """Check that no flag of a judge is set, for a command without one.
+
+        Raises:
+            UserError: A flag would have no effect.
+        """
+        for entry in fields(self):
+            # Verdicts in files, too, may have failed.
+            if entry.name != "max_failed" and getattr(self, entry.name) != entry.default:
+                option = f"--{entry.name.replace('_', '-')}"
+                raise UserError(f"{option} requires --judge. Add it, or leave {option} out.")
 
     def _check_program(self, generate: bool, rubrics: bool) -> None:
         """Refuse flags of an endpoint for a judge that is not at an endpoint."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from alignment.commands.config_groups import JudgeFormatConfig
 from alignment.commands.rows_config import RowsConfig
+from megatron_ext.errors import UserError
 from megatron_ext.typed_flags import flag, group
 
 
@@ -27,3 +28,13 @@ class ShowConfig:
     --template."""
     format: JudgeFormatConfig = group()
     rows: RowsConfig = group(limit=3)
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            for option, is_set in (
+                ("--chat-template", self.chat_template is not None),
+                ("--chat-template-kwargs", self.chat_template_kwargs != "{}"),
+                ("--seq-length", self.seq_length is not None),
+            ):
+                if is_set:
+                    raise UserError(f"{option} requires --model. Add it, or leave {option} out.")

@@ -99,6 +99,8 @@ class Evaluation:
             raise UserError("evaluate requires --baseline, one of the files of --responses.")
         if not config.output and (self.judges or not config.verdicts):
             raise UserError("evaluate requires --output, the folder to store the answers in.")
+        if not self.judges:
+            config.judge.check_unused()
         if config.output:
             check_output_folder(config.output)
         names = [(file_name(judge.judge_name), k) for judge in self.judges for k in judge.kinds]

@@ -68,6 +68,8 @@ class MonitorConfig:
             raise UserError("--folds requires --fixtures.")
         if self.judge.judge:
             self._check_judge()
+        else:
+            self.judge.check_unused()
         if self.output:
             self._check_output(Path(self.output))
 

@@ -194,6 +194,7 @@ def test_errors_are_a_sentence(responses: str, verdicts: str, tmp_path: Path) ->
         (["--input", verdicts], "must hold responses"),
         (["--input", responses, "--folds", "3"], "--folds requires --fixtures"),
         (["--fixtures", "--folds", "1"], "--folds 1 must be 0 or at least 2"),
+        (["--input", responses, "--samples", "2"], "--samples requires --judge. Add it, or leave"),
         (["--input", responses, "--judge", "rule"], "judges the quality of text"),
         (["--input", responses, "--judge", "http://x/v1"], "--judge requires --judge-verdicts"),
         (["--input", responses, "--verdicts", other], "has no score of a response in --input"),

@@ -65,6 +65,14 @@ def test_text_cannot_control_the_terminal() -> None:
     assert printable("a\x1b[31mb\r\u202ec\n\t") == "a\\x1b[31mb\\r\\u202ec\n\t"
 
 
+@pytest.mark.parametrize(
+    "flag", [("--chat-template", "x"), ("--chat-template-kwargs", "x"), ("--seq-length", "9")]
+)
+def test_flags_without_a_model_are_refused(flag: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=f"^{flag[0]} requires --model"):
+        main(["show", "rows.jsonl", *flag])
+
+
 def show(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     main(["show", *map(str, words)])
     return capsys.readouterr().out
