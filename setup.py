@@ -54,7 +54,7 @@ setup(
         "pyyaml>=6.0.1",
         # text and models
         "sentencepiece>=0.2,<0.3",
-        "transformers>=5.0,<6",
+        "transformers>=5.16,<6",
         "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
@@ -89,7 +89,7 @@ setup(
         "mlflow": ["mlflow>=3"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "dev": [
-            "accelerate>=1.1",  # lm-eval's own model on transformers, to compare with
+            "accelerate>=1.10",  # lm-eval's own model on transformers, to compare with
             "datasets>=3.6",  # of lm-eval, whose newest needs a newer pyarrow than the range has
             "deepspeed>=0.19.8,<0.20",
             "gguf>=0.17",

@@ -73,4 +73,4 @@ def test_a_container_below_the_range_is_refused_and_torch_is_named(tmp_path: Pat
     python = environment(tmp_path / "venv", {"torch": "2.8.0a0+34c6371d24.nv25.08"})
     done, _ = install(tmp_path, python)
     assert done.returncode != 0
-    assert "depends on torch<2.15,>=2.9" in done.stdout + done.stderr
+    assert "depends on torch" in done.stdout + done.stderr
