@@ -51,6 +51,7 @@ _NEEDS_GPU: dict[str, Any] = {
     "nccl_ub": False,
     "log_device_memory_used": False,
     "log_straggler": False,
+    "gpu_sniff_test_interval": None,
 }
 
 _NEEDS_PACKAGE = {

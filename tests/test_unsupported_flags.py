@@ -88,8 +88,10 @@ def refusals(*cases: str) -> list[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is a GPU")
 def test_flags_that_need_a_gpu_are_refused_without_one() -> None:
-    [messages] = run_ranks(refusals, 1, "--use-nccl-ub", "--distributed-backend nccl")
+    cases = ("--gpu-sniff-test-interval 1", "--use-nccl-ub", "--distributed-backend nccl")
+    [messages] = run_ranks(refusals, 1, *cases)
     assert messages == [
+        "--gpu-sniff-test-interval needs a GPU. Leave it out.",
         "--use-nccl-ub needs a GPU. Leave it out.",
         "--distributed-backend nccl needs a GPU. Leave it out.",
     ]
