@@ -95,6 +95,11 @@ def _check_linear_attention(args: Namespace) -> None:
         raise UserError(
             f"{present} requires {missing}. Add it, or use --hybrid-layer-pattern in place of both."
         )
+    if isinstance(pattern, int) and pattern < 1:
+        raise UserError(
+            f"--linear-attention-freq {pattern} must be at least 1. Use n for attention in every "
+            "n-th layer."
+        )
     layers = args.num_layers
     if isinstance(pattern, list) and layers is not None and len(pattern) != layers:
         raise UserError(

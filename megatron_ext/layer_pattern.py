@@ -79,6 +79,8 @@ def _expanded(frequency: int | list[int], flag: str, layers: int) -> list[int]:
     """Return the list that a frequency of Megatron stands for."""
     if not isinstance(frequency, int):
         return list(frequency)
+    if frequency < 1:
+        return []
     if flag == "linear_attention_freq":
         return [int((layer + 1) % frequency != 0) for layer in range(layers)]
     return [int(layer % frequency == 0) for layer in range(layers)]

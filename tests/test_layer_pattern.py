@@ -67,6 +67,8 @@ def test_pattern_accepts_flags_that_say_the_same(flags: dict[str, Any]) -> None:
         ("*-*-", {"num_experts": 4}, "no layer of experts, E, but --num-experts is 4"),
         ("*-*E", {"moe_layer_freq": [1, 0]}, "in other layers than --moe-layer-freq [1, 0]"),
         ("*-*E", {"moe_layer_freq": 2}, "in other layers than --moe-layer-freq 2"),
+        ("*-*E", {"moe_layer_freq": 0}, "in other layers than --moe-layer-freq 0"),
+        ("G-*E", {"linear_attention_freq": 0}, "in other layers than --linear-attention-freq 0"),
         ("G-*E", {"linear_attention_freq": 3}, "in other layers than --linear-attention-freq 3"),
     ],
 )

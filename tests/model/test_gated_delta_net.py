@@ -8,6 +8,7 @@ from tests import megatron
 from tests.distributed import run_ranks
 from tests.megatron import DELTA_NET
 
+LINEAR = ("--experimental-attention-variant", "gated_delta_net", *DELTA_NET)
 HYBRID = ("--hybrid-layer-pattern", "G-GE", *DELTA_NET, "--init-method-std", "0.3")
 
 
@@ -64,7 +65,9 @@ def refusals(cases: list[tuple[str, ...]]) -> list[str]:
     for flags in cases:
         unset_global_variables()
         try:
-            parse_args([*megatron.TINY, *HYBRID, *flags], writes=False, world_size=4)
+            base = () if "gated_delta_net" in flags else HYBRID
+            words = [*megatron.TINY, *base, *flags]
+            parse_args(words, writes=False, world_size=4)
         except UserError as error:
             messages.append(str(error))
         else:
@@ -84,6 +87,9 @@ REFUSED = {
     ("--linear-attention-freq", "[1,0]"): "in other layers than --linear-attention-freq [1, 0]",
     ("--recompute-granularity", "selective", "--recompute-modules", "gdn_norm_out"):
     "--recompute-modules gdn_norm_out needs the package transformer-engine",
+    LINEAR: "gated_delta_net requires --linear-attention-freq. Add it",
+    (*LINEAR, "--linear-attention-freq", "0"): "freq 0 must be at least 1. Use n",
+    (*LINEAR, "--linear-attention-freq", "[1]"): "is a list of 1, but --num-layers is 2. Use one",
     ("--reset-attention-mask",): "--reset-attention-mask is not supported",
 }  # fmt: skip
 
