@@ -124,7 +124,9 @@ class ETConfig(TransformerConfig):
     @property
     def logit_buffer_bytes(self) -> int:
         """Part of `et_logit_buffer_mb` for each MoE layer of a pipeline stage, in bytes."""
-        layers = -(-sum(moe_layer_pattern(self)) // self.pipeline_model_parallel_size)
+        pattern = moe_layer_pattern(self)
+        layers = -(-sum(pattern) // self.pipeline_model_parallel_size)
+        layers += pattern[-1] * (self.mtp_num_layers or 0)  # on the last stage
         return int(self.et_logit_buffer_mb * 2**20) // max(layers, 1)
 
     def _check_linear_attention(self) -> None:

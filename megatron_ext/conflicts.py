@@ -55,6 +55,8 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
             f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both set "
             "the length of training. Use one of them."
         )
+    if args.mtp_num_layers:
+        _check_multi_token_prediction(args)
     if args.bf16 and args.fp16:
         raise UserError("--bf16 and --fp16 both set the precision. Use one of them.")
     if args.tokenizer_type == "NullTokenizer" and not args.vocab_size:
@@ -84,6 +86,29 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
     if args.optimizer == "muon":
         _check_muon(args)
     return _without_effect(args, explicit) + _turn_off_gelu_fusion(args)
+
+
+def _check_multi_token_prediction(args: Namespace) -> None:
+    """Refuse what would change the loss of a depth, or end in a stack trace."""
+    name = f"--mtp-num-layers {args.mtp_num_layers}"
+    if args.context_parallel_size > 1:
+        raise UserError(
+            f"{name} is incompatible with --context-parallel-size {args.context_parallel_size}: "
+            "each rank would normalize the loss of a depth by its own tokens. Use other "
+            "parallelism."
+        )
+    if args.pipeline_model_parallel_layout:
+        raise UserError(
+            f"{name} is incompatible with --pipeline-model-parallel-layout: the depths are on the "
+            "last stage. Leave the layout out."
+        )
+    if args.recompute_granularity == "full" and (
+        args.recompute_method != "uniform" or args.recompute_num_layers != 1
+    ):
+        raise UserError(
+            f"{name} with --recompute-granularity full requires --recompute-method uniform and "
+            "--recompute-num-layers 1. Change them."
+        )
 
 
 def _check_linear_attention(args: Namespace) -> None:

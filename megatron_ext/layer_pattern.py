@@ -1,8 +1,9 @@
 """Layers of a model as Megatron's `--hybrid-layer-pattern`.
 
 A transformer layer is a pair of symbols: attention `*` or a Gated DeltaNet layer `G`, then an MLP
-`-` or experts `E`. Megatron counts each symbol as a layer; here a pair is one, as in every other
-flag, so the pattern is replaced by the flags of GPT models that say the same.
+`-` or experts `E`. Each `/` with a pair after it is a depth of multi-token prediction. Megatron
+counts each symbol as a layer; here a pair is one, as in every other flag, so the pattern is
+replaced by the flags of GPT models that say the same.
 """
 
 from argparse import Namespace
@@ -30,11 +31,23 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
     for symbol, reason in _REFUSED.items():
         if symbol in pattern:
             raise UserError(f"{name} has {symbol}: {reason}")
-    layers = list(batched(pattern, 2))
+    decoder, *depths = pattern.split("/")
+    layers = list(batched(decoder, 2))
     if not layers or any(
         len(pair) < 2 or pair[0] not in "*G" or pair[1] not in "-E" for pair in layers
     ):
         raise UserError(f"{name} does not describe transformer layers. Use {_PAIRS}.")
+    last = "".join(layers[-1])
+    if any(depth != last for depth in depths):
+        raise UserError(
+            f"{name} must end with a /{last} for each depth of multi-token prediction, whose layer "
+            "is of the kind of the last one. Replace what follows the first /."
+        )
+    if depths and "mtp_num_layers" in explicit and args.mtp_num_layers != len(depths):
+        raise UserError(
+            f"{name} has {len(depths)} / for depths of multi-token prediction, but "
+            f"--mtp-num-layers is {args.mtp_num_layers}. Leave --mtp-num-layers out."
+        )
     experts = [int(second == "E") for _, second in layers]
     linear = [int(first == "G") for first, _ in layers]
     if "num_layers" in explicit and args.num_layers != len(layers):
@@ -60,6 +73,8 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
                 "Leave one of them out."
             )
     args.num_layers = len(layers)
+    if depths:
+        args.mtp_num_layers = len(depths)
     if args.num_experts:
         args.moe_layer_freq = experts
     if any(linear):
@@ -70,7 +85,6 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
 
 _REFUSED = {
     "M": "Mamba layers are not supported by this project. Use G, Gated DeltaNet.",
-    "/": "multi-token prediction is not supported by this project. Leave that part out.",
     "|": "pipeline stages follow from --pipeline-model-parallel-size. Leave | out.",
 }
 

@@ -17,7 +17,8 @@ _PATTERN = "Use --hybrid-layer-pattern."
 # Values that are not supported, and the advice. None stands for any value that is not 0 or empty.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
-        ("multi_latent_attention", "heterogeneous_layers_config_path", "mtp_num_layers",
+        ("multi_latent_attention", "heterogeneous_layers_config_path", "mtp_standalone",
+         "mtp_use_repeated_layer", "mtp_detach_heads",
          "cpu_offloading_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
          "overlap_moe_expert_parallel_comm", "lazy_mpu_init", "test_mode",
          "save_activations_interval", "save_wgrads_interval", "save_dgrads_interval",

@@ -24,9 +24,14 @@ DEFAULTS = {
     "muon_momentum": 0.95, "muon_momentum_warmup_iters": 300, "add_bias_linear": True,
     "use_distributed_optimizer": False, "expert_model_parallel_size": 1,
     "eval_interval": 1000, "et_threshold_estimator": "ema", "bias_gelu_fusion": False,
-    "swiglu": False, "quick_geglu": False, "squared_relu": False,
+    "swiglu": False, "quick_geglu": False, "squared_relu": False, "mtp_num_layers": None,
     "experimental_attention_variant": None, "linear_attention_freq": None,
     "hybrid_layer_pattern": None, "recompute_modules": None,
+}  # fmt: skip
+
+DEPTHS = {
+    "mtp_num_layers": 1, "context_parallel_size": 1, "pipeline_model_parallel_layout": None,
+    "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
 }  # fmt: skip
 
 
@@ -42,6 +47,12 @@ def warnings(**changes: Any) -> list[str]:
             "--train-iters 10000 and --train-samples 5 both set the length of training",
         ),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16 both set the precision"),
+        (DEPTHS | {"context_parallel_size": 2}, "is incompatible with --context-parallel-size 2"),
+        (DEPTHS | {"pipeline_model_parallel_layout": "Et|tL"}, "Leave the layout out."),
+        (
+            DEPTHS | {"recompute_granularity": "full", "recompute_method": "block"},
+            "requires --recompute-method uniform and --recompute-num-layers 1",
+        ),
         ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({"train_iters": 0}, "Give --train-iters of at least 1"),
         ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),

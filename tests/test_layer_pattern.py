@@ -15,6 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "moe_layer_freq": 1,
     "linear_attention_freq": None,
     "experimental_attention_variant": None,
+    "mtp_num_layers": None,
 }
 
 
@@ -33,6 +34,8 @@ def test_pattern_determines_the_layers() -> None:
     args = expanded("*-*-", num_experts=None)
     assert (args.num_layers, args.moe_layer_freq) == (2, 1)
     assert args.linear_attention_freq is args.experimental_attention_variant is None
+    args = expanded("G-*E/*E/*E")
+    assert (args.num_layers, args.mtp_num_layers, args.moe_layer_freq) == (2, 2, [0, 1])
     assert expanded(None) == Namespace(**DEFAULTS, hybrid_layer_pattern=None)
 
 
@@ -60,7 +63,10 @@ def test_pattern_accepts_flags_that_say_the_same(flags: dict[str, Any]) -> None:
         ("-*E*", {}, "does not describe transformer layers"),
         ("D-*E", {}, "does not describe transformer layers"),
         ("M-*E", {}, "--hybrid-layer-pattern M-*E has M: Mamba layers are not supported"),
-        ("*-*E/*E", {}, "has /: multi-token prediction is not supported"),
+        ("*-*E/*-", {}, "must end with a /*E for each depth of multi-token prediction"),
+        ("*-*E/", {}, "must end with a /*E for each depth"),
+        ("*-*E/*E*E", {}, "must end with a /*E for each depth"),
+        ("*-*E/*E", {"mtp_num_layers": 2}, "has 1 / for depths of multi-token prediction, but"),
         ("*-|*E", {}, "has |: pipeline stages follow from --pipeline-model-parallel-size"),
         ("*-*E", {"num_layers": 4}, "but --num-layers is 4. Leave --num-layers out"),
         ("*-*E", {"num_experts": None}, "has layers of experts, E. Add --num-experts"),

@@ -41,7 +41,7 @@ def test_supported_flags_pass() -> None:
             "--multi-latent-attention is not supported by this project. Leave it out",
         ),
         ("--heterogeneous-layers-config-path x", "is not supported by this project. Leave it out"),
-        ("--mtp-num-layers 1", "--mtp-num-layers is not supported by this project. Leave it out"),
+        ("--mtp-use-repeated-layer", "--mtp-use-repeated-layer is not supported by this project"),
         ("--save-dgrads-interval 1", "--save-dgrads-interval is not supported by this project."),
         ("--fault-injector-num-ranks -1", "is not supported by this project. Leave it out."),
         ("--overlap-moe-expert-parallel-comm", "is not supported by this project. Leave it out"),

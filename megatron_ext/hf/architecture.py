@@ -29,6 +29,7 @@ _TRANSLATED = {
     "linear_conv_kernel_dim",
     *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
     *("et_mean_experts", "et_threshold_estimator", "et_ema_decay", "et_gate"),
+    "mtp_num_layers",  # the depths are left out
 }
 # Required values of other arguments that affect the model, where these are not their defaults.
 _FIXED: dict[str, Any] = {

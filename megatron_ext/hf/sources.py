@@ -300,7 +300,8 @@ def _check_megatron_tensors(
         stacked = () if link.expert is None else (model.experts,)
         expected[link.key] = (*stacked, *link.shape)
     vocabulary = {link.key for link in links if link.layout is TensorLayout.VOCABULARY}
-    present = {key: shape for key, shape in reader.shapes.items() if not key.endswith(FILTER)}
+    left_out = {key for key in reader.shapes if key.endswith(FILTER) or key.startswith("mtp.")}
+    present = {key: shape for key, shape in reader.shapes.items() if key not in left_out}
     for key in vocabulary & present.keys():
         if present[key][0] >= model.vocab:
             present[key] = (model.vocab, *present[key][1:])  # the rest is padding

@@ -232,6 +232,7 @@ def for_inference(args: Namespace, layout: ParallelLayout, dtype: torch.dtype | 
         expert_gtp_weight_remat_size=1,
         padded_vocab_size=padded_vocab,
         context_parallel_size=1,
+        mtp_num_layers=None,  # further tokens are predicted in training only
         virtual_pipeline_model_parallel_size=None,
         pipeline_model_parallel_layout=None,
         decoder_first_pipeline_num_layers=None,

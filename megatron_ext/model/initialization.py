@@ -47,11 +47,13 @@ def global_parameter_name(model: HybridModel, name: str) -> str:
     >>> 'decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight'  # stage 2, EP rank 1
     'decoder.layers.2.mlp.experts.3.linear_fc1.weight'
     """
-    layer_match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    layer_match = re.match(r"(decoder|mtp\.layers\.\d+\.mtp_model_layer)\.layers\.(\d+)\.", name)
     if layer_match is None:
         return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
-    layer = model.decoder.layers[int(layer_match[1])]
-    name = f"decoder.layers.{layer.layer_number - 1}.{name[layer_match.end() :]}"
+    stack = layer_match[1]
+    layer: Any = model.get_submodule(f"{stack}.layers.{layer_match[2]}")
+    stack = stack.replace(".mtp_model_layer", ".transformer_layer")
+    name = f"{stack}.layers.{layer.layer_number - 1}.{name[layer_match.end() :]}"
 
     def global_expert(local: str) -> str:
         return f"experts.{layer.mlp.local_expert_indices[int(local)]}"
@@ -120,6 +122,8 @@ def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
         std = _qkv_std(d_in, config)
     elif name.endswith("in_proj.weight"):
         std = _delta_net_std(d_in, config)
+    elif name.endswith("eh_proj.weight"):
+        std = _fan_std(d_out, d_in)
     elif name.endswith("linear_fc1.weight"):
         d_out //= 2 if config.gated_linear_unit else 1
         std = _fan_std(d_out, d_in)

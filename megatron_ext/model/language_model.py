@@ -39,7 +39,7 @@ def _finish_stages(stages: list[LanguageModel], seed: int, vocab_size: int) -> l
     for model in stages:
         initialize_parameters(model, seed, vocab_size)
         config = model.config
-        if config.et_embedding_norm and model.pre_process:
+        if config.et_embedding_norm and (model.pre_process or model.mtp_process):
             model.embedding.register_forward_hook(
                 partial(_normalize_embedding, eps=config.layernorm_epsilon)
             )

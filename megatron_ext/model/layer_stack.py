@@ -38,18 +38,24 @@ def hybrid_layer_pattern(config: ETConfig) -> str:
     >>> hybrid_layer_pattern(config)  # 4 layers, the first of them dense, 2 pipeline stages
     '*-*E|*E*E'
     """
-    layers = [
-        (Symbols.GDN if linear else Symbols.ATTENTION) + (Symbols.MOE if moe else Symbols.MLP)
-        for linear, moe in zip(
-            linear_attention_pattern(config), moe_layer_pattern(config), strict=True
-        )
-    ]
+    layers = layer_symbols(config)
     stages, first = [], 0
     for count in _stage_sizes(config):
         stages.append("".join(layers[first : first + count]))
         first += count
     assert first == len(layers)
-    return Symbols.PIPE.join(stages)
+    depths = [layers[-1]] * (config.mtp_num_layers or 0)
+    return Symbols.MTP_SEPARATOR.join([Symbols.PIPE.join(stages), *depths])
+
+
+def layer_symbols(config: ETConfig) -> list[str]:
+    """Return the symbols of the two positions of each transformer layer."""
+    return [
+        (Symbols.GDN if linear else Symbols.ATTENTION) + (Symbols.MOE if moe else Symbols.MLP)
+        for linear, moe in zip(
+            linear_attention_pattern(config), moe_layer_pattern(config), strict=True
+        )
+    ]
 
 
 def _stage_sizes(config: ETConfig) -> list[int]:

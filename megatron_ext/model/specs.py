@@ -24,6 +24,7 @@ from megatron_ext.model.attention import SDPAttention
 from megatron_ext.model.cached_layer import AttentionLayer, CachedSelfAttention, FeedForwardLayer
 from megatron_ext.model.gated_delta_net import CachedGatedDeltaNet
 from megatron_ext.model.layer_stack import LayerStack
+from megatron_ext.model.multi_token_prediction import prediction_spec
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
 
@@ -42,6 +43,8 @@ def layer_stack_spec(config: ETConfig) -> ModuleSpec:
         submodules.gdn_layer = _gated_delta_net(backend)
     if config.num_moe_experts is not None:
         submodules.moe_layer = _feed_forward(_experts(config, backend))
+    if config.mtp_num_layers:
+        submodules.mtp_block_spec = prediction_spec(backend, submodules)
     return ModuleSpec(module=LayerStack, submodules=submodules)
 
 

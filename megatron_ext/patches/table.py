@@ -302,9 +302,13 @@ _TRAINING = (
     ),
     Patch(
         group="trainer",
-        targets=_in(
-            "megatron.training.training",
-            "train_step training_log evaluate evaluate_and_print_results save_checkpoint",
+        targets=(
+            *_in(
+                "megatron.training.training",
+                "train_step training_log evaluate evaluate_and_print_results save_checkpoint",
+            ),
+            "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper"
+            ".clean_metrics_in_tracker",
         ),
         source="megatron_ext.training.trainer:replacements",
         reason="The trainer has no callbacks for thresholds, metrics, failed saves and stalls.",

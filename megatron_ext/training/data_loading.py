@@ -9,6 +9,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -93,7 +94,11 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = _get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    losses = model(
+        *(batch["tokens"], batch["position_ids"], None),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
     # Only the last stage calls the function, and the mask is None on inner stages.
     return losses, partial(loss_sum, cast(Tensor, batch["loss_mask"]))
 
@@ -126,7 +131,12 @@ def _get_batch(data_iterator: Iterator[Any], vp_stage: int | None) -> dict[str, 
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=mtp_on_this_rank(
+            args.pipeline_model_parallel_layout,
+            args.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        ),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),

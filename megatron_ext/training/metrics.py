@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, global_vars, is_last_rank
 from megatron.training.training import num_floating_point_operations
 
@@ -55,6 +56,7 @@ class MetricLog:
         self._record = record
         self._opened = False
         self._seconds = 0.0
+        self._depth_losses: list[float] = []
         self._evaluating, self._evaluated_sets = ("val_loss", 0), 0
         self._is_final = False
 
@@ -78,6 +80,16 @@ class MetricLog:
             torch.cuda.synchronize()
             self._seconds = time.perf_counter() - start
             return result
+
+        return wrapped
+
+    def record_depth_losses(self, clear: Callable[[], None]) -> Callable[[], None]:
+        """Wrap Megatron's function that clears the losses of multi-token prediction of a step."""
+
+        def wrapped() -> None:
+            losses = MTPLossLoggingHelper.tracker["loss_values"] / get_num_microbatches()
+            self._depth_losses = losses.tolist()
+            clear()
 
         return wrapped
 
@@ -127,6 +139,7 @@ class MetricLog:
                 "lr": lr,
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "skipped": bool(skipped),
+                **{f"mtp_{depth}_loss": x for depth, x in enumerate(self._depth_losses, 1)},
                 **self._throughput(sequences),
             }
             summary = summarize_layers(layers)

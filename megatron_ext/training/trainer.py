@@ -18,6 +18,9 @@ from megatron_ext.training.step import RoutingStep, commit_after
 from megatron_ext.training.watchdog import Watchdog
 
 Function = Callable[..., Any]
+_CLEAR_DEPTH_LOSSES = (
+    "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper.clean_metrics_in_tracker"
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ def replacements(hooks: TrainerHooks) -> dict[str, Function]:
         "evaluate_and_print_results": [log.evaluate_and_print_results],
         "save_checkpoint": [lambda save: explain_failure(save, hooks.args)],
     }
+    targets = {f"megatron.training.training.{name}": around for name, around in wrappers.items()}
+    targets[_CLEAR_DEPTH_LOSSES] = [log.record_depth_losses]
     functions = {}
-    for name, around in wrappers.items():
-        target = f"megatron.training.training.{name}"
+    for target, around in targets.items():
         function = patches.original(target)
         for wrapper in around:
             function = wrapper(function)
