@@ -5,22 +5,25 @@
 Trains every row with every seed on the same tokens at equal active parameters, computes the loss
 of all held-out tokens, and writes table.md, results.json, differences.png and the comparison of all
 runs (comparison.html, comparison.png). When the command is run again, it reuses finished runs,
-resumes interrupted ones and adds further seeds or rows. Flags after `--` are passed to
+resumes interrupted ones and adds further seeds or rows to results.json, whose runs may have been
+made on another machine. Flags after `--` are passed to
 pretrain_et.py in every row, for example to choose other sizes. The micro-batches of rows of expert
 choice follow from their pools.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
 
 from examples.miniature.rows import DENSE, ROWS, Row
-from examples.miniature.table import write_table
+from examples.miniature.table import earlier_results, write_table
 from examples.quickstart.corpus import Corpus
 from examples.quickstart.steps import (
     Step,
@@ -38,6 +41,7 @@ from examples.quickstart.training import (
     find_gpus,
     let_import,
     training,
+    with_bases,
 )
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
@@ -99,6 +103,15 @@ def validate(row: Row, run: Path, corpus: Corpus, flags: list[str], on_gpus: boo
         depends=[run / "metrics.jsonl", *corpus.files],
         environment={"OMP_NUM_THREADS": "1", **device(on_gpus)},
     )
+
+
+def shared_settings(optimizer: Path, flags: list[str]) -> dict[str, Any]:
+    """Return what all runs share, for results.json."""
+    digest = hashlib.sha256()
+    for recipe in (RECIPES / "miniature.yaml", optimizer):
+        for file in with_bases(recipe):
+            digest.update(file.read_bytes())
+    return {"optimizer": optimizer.stem, "flags": flags, "recipes": digest.hexdigest()}
 
 
 def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
@@ -182,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [ROWS[name] for name in options.rows]
     corpus = Corpus(output / "data")
     optimizer = RECIPES / "optimizers" / f"{options.optimizer}.yaml"
+    settings = shared_settings(optimizer, flags)
+    earlier_results(output, settings)  # refused before anything is trained
     trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, optimizer, flags, on_gpus)
     validations = [
         validate(row, output / row.run(seed), corpus, flags, on_gpus)
@@ -196,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         say("stopped; run the same command to resume")
         return 128 + stopped.number
     os.environ["MPLBACKEND"] = "agg"
-    say(write_table(output, rows, options.seeds))
+    say(write_table(output, rows, options.seeds, settings))
     say(f"{output / 'table.md'} and comparison.html after {duration(time.monotonic() - start)}")
     return 0
 

@@ -11,6 +11,7 @@ from scipy import stats
 from examples.miniature.compute_table import NOTE, compute_figures, compute_table
 from examples.miniature.picture import draw_differences
 from examples.miniature.rows import REFERENCES, ROWS, Row
+from megatron_ext.errors import UserError
 from megatron_ext.reports.comparison.compare import compare
 from megatron_ext.reports.comparison.compared_runs import ComparedRun, read_runs
 from megatron_ext.reports.comparison.final_metrics import (
@@ -20,38 +21,48 @@ from megatron_ext.reports.comparison.final_metrics import (
 )
 
 
-def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
+def write_table(
+    output: Path, rows: Sequence[Row], seeds: Sequence[int], settings: dict[str, Any]
+) -> str:
     """Write table.md, results.json, pictures and the comparison of all runs; return the table.
 
     Args:
-        output: Folder of the runs.
+        output: Folder of the runs. The table also has the rows and seeds of its results.json, whose
+            runs may be gone.
         rows: Trained rows.
         seeds: Trained seeds.
+        settings: What all runs share.
+
+    Raises:
+        UserError: The results in the folder are of runs with other settings.
     """
+    earlier = earlier_results(output, settings)
     names = [row.run(seed) for seed in seeds for row in rows]
     runs = dict(zip(names, read_runs([str(output / name) for name in names])))
-    losses = {
-        row.name: [_figures(runs[row.run(seed)], output / row.run(seed)) for seed in seeds]
-        for row in rows
-    }
+    figures = {row.name: dict(earlier.get(row.name, {})) for row in ROWS.values()}
+    for row in rows:
+        for seed in seeds:
+            figures[row.name][seed] = _figures(runs[row.run(seed)], output / row.run(seed))
+    figures = {name: by_seed for name, by_seed in figures.items() if by_seed}
     if len(names) > 1:
         in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
         compare(in_rows, output, None)
-    reference = next((name for name in REFERENCES if name in losses), None)
+    trained = {row.name for row in rows}
+    reference = next((name for name in REFERENCES if name in trained), None)
     if reference and len(rows) > 1:
         by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
         draw_differences(by_row, ROWS[reference].label, output / "differences.png")
     results: dict[str, Any] = {
-        row.name: {
-            "label": row.label,
-            "seeds": dict(zip(map(str, seeds), losses[row.name])),
+        name: {
+            "label": ROWS[name].label,
+            "seeds": {str(seed): by_seed[seed] for seed in sorted(by_seed)},
             "difference": {
-                other: _paired(_losses(losses[row.name]), _losses(losses[other]))
+                other: _paired(by_seed, figures[other])
                 for other in REFERENCES
-                if other in losses and other != row.name
+                if other in figures and other != name and by_seed.keys() & figures[other].keys()
             },
         }
-        for row in rows
+        for name, by_seed in figures.items()
     }
     table = "\n".join(_table(results))
     computed: dict[str, Sequence[dict[str, Any]]] = {
@@ -62,7 +73,8 @@ def write_table(output: Path, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     parts = [table, _NOTE]
     if computed:
         parts += ["\n".join(compute_table(computed)), NOTE]
-    _write(output / "results.json", json.dumps(results, indent=1) + "\n")
+    contents = {"settings": settings, "rows": results}
+    _write(output / "results.json", json.dumps(contents, indent=1) + "\n")
     _write(output / "table.md", "\n\n".join(parts) + "\n")
     return table
 
@@ -91,33 +103,63 @@ def _figures(run: ComparedRun, folder: Path) -> dict[str, Any]:
     }
 
 
+def earlier_results(output: Path, settings: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """Return the figures of each row and seed in the results.json of a folder.
+
+    Args:
+        output: Folder of the runs.
+        settings: What all runs share.
+
+    Raises:
+        UserError: The file is of runs with other settings, or cannot be read.
+    """
+    file = output / "results.json"
+    if not file.exists():
+        return {}
+    try:
+        contents = json.loads(file.read_text())
+        rows = {
+            name: {int(seed): figures for seed, figures in row["seeds"].items()}
+            for name, row in contents["rows"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} cannot be read. Remove it.") from error
+    if contents.get("settings") != settings:
+        raise UserError(
+            f"{file} has results of other settings. Remove it, or choose another --output."
+        )
+    return rows
+
+
 def _losses(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([figures["loss"] for figures in rows], dtype=float)
 
 
-def _paired(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    """Return the mean difference over seeds and half its 95 % interval, None for a single seed."""
-    differences = ours - theirs
+def _paired(ours: dict[int, Any], theirs: dict[int, Any]) -> dict[str, Any]:
+    """Return the mean difference over common seeds, and half its interval or None for one."""
+    common = sorted(ours.keys() & theirs.keys())
+    differences = np.array([ours[seed]["loss"] - theirs[seed]["loss"] for seed in common])
     count = len(differences)
     half_width = None
     if count > 1:
         error = differences.std(ddof=1) / count**0.5
         half_width = float(error * stats.t.ppf(0.975, count - 1))
-    return {"mean": float(differences.mean()), "half_width": half_width}
+    return {"mean": float(differences.mean()), "half_width": half_width, "seeds": common}
 
 
 def _table(results: dict[str, Any]) -> list[str]:
     references = [name for name in REFERENCES if name in results]
-    header = ["", "validation loss", *(f"− {ROWS[name].label}" for name in references)]
+    header = ["", "seeds", "validation loss", *(f"− {ROWS[name].label}" for name in references)]
     header += ["gap", "load", "tokens/s"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name, row in results.items():
+    for row in results.values():
         seeds = list(row["seeds"].values())
         losses = _losses(seeds)
         spread = f" ± {losses.std(ddof=1):.4f}" if len(losses) > 1 else ""
-        cells = [row["label"], f"{losses.mean():.4f}{spread}"]
+        cells = [row["label"], ", ".join(row["seeds"]), f"{losses.mean():.4f}{spread}"]
         for other in references:
-            cells.append("" if other == name else _difference(row["difference"][other]))
+            pair = row["difference"].get(other)
+            cells.append("" if pair is None else _difference(pair))
         loads = [f"{_mean(seeds, key):.2f}" for key in ("load", "worst_load") if _has(seeds, key)]
         cells += [f"{_mean(seeds, 'gap'):+.4f}" if _has(seeds, "gap") else ""]
         cells += [", ".join(loads), f"{_mean(seeds, 'tokens_per_s'):,.0f}"]
@@ -125,7 +167,7 @@ def _table(results: dict[str, Any]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def _difference(pair: dict[str, float | None]) -> str:
+def _difference(pair: dict[str, Any]) -> str:
     half_width = pair["half_width"]
     return f"{pair['mean']:+.4f}" + ("" if half_width is None else f" ± {half_width:.4f}")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 from itertools import islice
@@ -14,11 +15,13 @@ from examples.miniature.table import write_table
 from examples.quickstart.corpus import Corpus
 from examples.quickstart.prepare_text import clean_news, news
 from examples.quickstart.steps import stamp_of
+from megatron_ext.errors import UserError
 from tests.distributed import ROOT
 from tests.examples.test_quickstart import has_texts
 from tests.reports.metric_rows import training_row, write_run
 from tests.warm import warm_python
 
+SETTINGS = {"optimizer": "adamw", "flags": [], "recipes": "0"}
 LOSSES = {"dense": [5.0, 5.2, 5.1], "tc-aux": [4.9, 5.0, 4.7], "et": [4.8, 4.7, 4.75]}
 
 
@@ -37,8 +40,8 @@ def make_runs(output: Path, seeds: list[int]) -> None:
 def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     seeds = [3, 5, 9]
     make_runs(tmp_path, seeds)
-    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds)
-    results = json.loads((tmp_path / "results.json").read_text())
+    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], seeds, SETTINGS)
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
     differences = [ours - theirs for ours, theirs in zip(LOSSES["et"], LOSSES["tc-aux"])]
     result = results["et"]["difference"]["tc-aux"]
     assert result["mean"] == pytest.approx(statistics.mean(differences))
@@ -47,23 +50,51 @@ def test_table_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert list(results["tc-aux"]["difference"]) == []
     assert results["et"]["seeds"]["5"]["loss"] == 4.7
     assert table.splitlines()[0].startswith(
-        "|  | validation loss | − token choice, auxiliary loss |"
+        "|  | seeds | validation loss | − token choice, auxiliary loss |"
     )
     [row] = [line for line in table.splitlines() if "warm-up" in line]
     assert row.startswith(
-        "| expert threshold, warm-up | 4.7500 ± 0.0500 | -0.1167 ± 0.4362 | +0.0100 | 1.20"
+        "| expert threshold, warm-up | 3, 5, 9 | 4.7500 ± 0.0500 | -0.1167 ± 0.4362 | +0.0100 |"
     )
     [dense] = [line for line in table.splitlines() if line.startswith("| dense")]
-    assert [cell.strip() for cell in dense.split("|")[4:6]] == ["", ""]  # no gap, no load
+    assert [cell.strip() for cell in dense.split("|")[5:7]] == ["", ""]  # no gap, no load
     assert table in (tmp_path / "table.md").read_text()
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
 def test_table_of_one_seed_has_no_spread(tmp_path: Path) -> None:
     make_runs(tmp_path, [1])
-    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1])
+    table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1], SETTINGS)
     assert "±" not in table
     assert "| -0.1000 |" in table
+
+
+def test_results_of_other_machines_belong_to_the_table(tmp_path: Path) -> None:
+    rows = [ROWS[name] for name in LOSSES]
+    together, first, second = (tmp_path / name for name in ("together", "first", "second"))
+    make_runs(together, [3, 5, 9])
+    expected = write_table(together, rows, [3, 5, 9], SETTINGS)
+    make_runs(first, [3, 5, 9])
+    write_table(first, rows, [3, 5], SETTINGS)
+    second.mkdir()
+    (second / "results.json").write_text((first / "results.json").read_text())
+    shutil.copytree(first / "et-seed9", second / "et-seed9")
+    write_table(second, [ROWS["et"]], [9], SETTINGS)
+    results = json.loads((second / "results.json").read_text())["rows"]
+    assert results["et"]["difference"]["tc-aux"]["seeds"] == [3, 5]  # which both rows have
+    for name in ("dense-seed9", "tc-aux-seed9"):
+        shutil.copytree(first / name, second / name)
+    assert write_table(second, rows, [9], SETTINGS) == expected
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
+    make_runs(tmp_path, [1])
+    rows = [ROWS[name] for name in LOSSES]
+    write_table(tmp_path, rows, [1], SETTINGS)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(UserError, match="has results of other settings"):
+        write_table(tmp_path, rows, [1], SETTINGS | {"optimizer": "muon"})
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_fan_out_and_forced_tokens_by_hand(tmp_path: Path) -> None:
@@ -84,8 +115,10 @@ def test_fan_out_and_forced_tokens_by_hand(tmp_path: Path) -> None:
     layers = {"1": {"fan_out": 1.9}, "2": {"fan_out": 2.02}}
     routings = [{"loss": 4.0, "layers": layers}, {"loss": 4.0}]
     (run_folder / "validation.json").write_text(json.dumps({"routings": routings}))
-    write_table(tmp_path, [ROWS["et"]], [1])
-    compute = json.loads((tmp_path / "results.json").read_text())["et"]["seeds"]["1"]["compute"]
+    write_table(tmp_path, [ROWS["et"]], [1], SETTINGS)
+    compute = json.loads((tmp_path / "results.json").read_text())["rows"]["et"]["seeds"]["1"][
+        "compute"
+    ]
     assert compute["windows"] == pytest.approx([1.0, 0.9, 1.2, 1.02])
     assert compute["held_out"] == pytest.approx([0.95, 1.01])
     assert len(compute["forced"]) == 40
@@ -122,7 +155,7 @@ def test_miniature_trains_rows_once_and_compares_them(tmp_path: Path) -> None:
     both = miniature(*shape, "--rows", "tc-aux", "et", *short)
     assert both.returncode == 0, both.stderr
     assert re.search(r"\] et-seed1: done before, reused", both.stdout)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
     difference = results["et"]["difference"]["tc-aux"]["mean"]
     losses = [results[name]["seeds"]["1"]["loss"] for name in ("et", "tc-aux")]
     assert difference == pytest.approx(losses[0] - losses[1])
