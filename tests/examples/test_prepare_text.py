@@ -40,7 +40,7 @@ class Packages:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.names.Set[str] = set()
+        self.names: set[str] = set()
 
     def distribution(self, name: str) -> SimpleNamespace:
         if name not in self.names:

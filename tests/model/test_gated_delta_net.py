@@ -36,7 +36,7 @@ def packed_and_alone() -> None:
             whole[row, place] if whole is not None else run(tokens[row : row + 1, place], None)[0]
             for row, place in parts
         ]
-        loss = sum(
+        loss = torch.zeros(()) + sum(
             (part * weights[row, place, :127]).sum() for part, (row, place) in zip(logits, parts)
         )
         loss.backward()
