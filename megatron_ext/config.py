@@ -156,12 +156,6 @@ class ETConfig(TransformerConfig):
                 f"heads of a Gated DeltaNet layer. Choose a multiple of {tensor * context}, or "
                 "another layout."
             )
-        if tensor > 1 and not self.sequence_parallel and self.et_norm_scale:
-            raise UserError(
-                "--et-norm-scale with Gated DeltaNet layers and --tensor-model-parallel-size "
-                f"{tensor} requires --sequence-parallel, without which the gradients of a norm's "
-                "scale are not summed. Add --sequence-parallel."
-            )
 
     def _check_thresholds(self) -> None:
         """Refuse values with which thresholds cannot work, naming the flag and the fix."""

@@ -131,6 +131,13 @@ def _check_linear_attention(args: Namespace) -> None:
             f"--linear-attention-freq is a list of {len(pattern)}, but --num-layers is {layers}. "
             "Use one number for each layer."
         )
+    scales = variant is not None and args.et_norm_scale and not args.sequence_parallel
+    if scales and (tensor := args.tensor_model_parallel_size) > 1:
+        raise UserError(
+            f"--et-norm-scale with Gated DeltaNet layers and --tensor-model-parallel-size {tensor} "
+            "requires --sequence-parallel, without which the gradients of a norm's scale are not "
+            "summed. Add --sequence-parallel."
+        )
 
 
 def _turn_off_gelu_fusion(args: Namespace) -> list[str]:

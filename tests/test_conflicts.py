@@ -53,6 +53,16 @@ def warnings(**changes: Any) -> list[str]:
             DEPTHS | {"recompute_granularity": "full", "recompute_method": "block"},
             "requires --recompute-method uniform and --recompute-num-layers 1",
         ),
+        (
+            {
+                "experimental_attention_variant": "gated_delta_net",
+                "linear_attention_freq": 2,
+                "et_norm_scale": True,
+                "sequence_parallel": False,
+                "tensor_model_parallel_size": 2,
+            },
+            "--tensor-model-parallel-size 2 requires --sequence-parallel",
+        ),
         ({"tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({"train_iters": 0}, "Give --train-iters of at least 1"),
         ({"lr_warmup_iters": 10000}, "--lr-warmup-iters 10000 must be below --train-iters 10000"),

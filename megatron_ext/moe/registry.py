@@ -126,7 +126,7 @@ _THRESHOLD_ROUTER: dict[str, Any] = {
     "variable_fan_out": True,
     "uses_thresholds": True,
     "unsupported": {
-        "moe_expert_capacity_factor": "use --et-capacity",
+        "moe_expert_capacity_factor": "--et-capacity limits what an expert takes",
         "moe_router_enable_expert_bias": "thresholds balance the load without a bias",
         "moe_router_num_groups": "experts choose on their own, not in groups",
         "moe_input_jitter_eps": "noise would make the cutoffs random",

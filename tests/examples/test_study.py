@@ -106,7 +106,7 @@ def test_study_plan_requires_every_section(tmp_path):
     settings = dict(read_settings(DEFAULT))
     del settings["label"]
     file.write_text(yaml.safe_dump({**settings, "colour": 1}))
-    with pytest.raises(UserError, match=r"must have the sections .*: see colour, label"):
+    with pytest.raises(UserError, match=r"must have the sections .*\. Correct colour, label"):
         read_settings(file)
 
 

@@ -173,7 +173,7 @@ def test_preflight_reports_all_problems_at_once(
         "transformer-engine": "version 1.0 is outside of <3,>=2.10: pip install",
         "memory of a rank": "lower --micro-batch-size",
         "data and tokenizer": "is truncated, make it again",
-        "room for checkpoints": "free space",
+        "room for checkpoints": "Free space",
     }
     assert statuses(table, "FAILED") == set(fixes), output
     for name, fix in fixes.items():

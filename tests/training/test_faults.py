@@ -109,7 +109,7 @@ def test_ranks_started_unlike_or_not_at_all_are_named_before_training(tmp_path: 
     ended = run_ranks(start, 2, flags, {1: ["--lr", "0.5"]})
     assert [code for code, _ in ended] == [2, 2]
     message = "".join(stderr for _, stderr in ended)
-    assert "rank 1 on " in message
+    assert "Rank 1 on " in message
     assert "with lr = 0.5 and rank 0 with 0.01. Start all ranks with the same" in message
     assert message.count("pretrain_et.py:") == 1
 

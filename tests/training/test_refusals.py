@@ -57,7 +57,7 @@ def changed(dataset: Path, folder: Path) -> Path:
         ),
         (["--router-type", "expert"], "--router-type"),
         (["--moe-token-dispatcher-type", "flex"], "Use alltoall or allgather"),
-        (["--moe-expert-capacity-factor", "1"], "Use --et-capacity"),
+        (["--moe-expert-capacity-factor", "1"], "--et-capacity limits"),
         (["--moe-router-enable-expert-bias"], "thresholds balance the load"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--recipe", "no_such_recipe.yaml"], "no_such_recipe.yaml: No such file"),

@@ -43,7 +43,8 @@ def read_settings(file: Path) -> Mapping[str, Any]:
         sections = set(settings) if isinstance(settings, dict) else set()
         wrong = sorted(sections ^ _SECTIONS)
         raise UserError(
-            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}. See {', '.join(wrong)}."
+            f"{file} must have the sections {', '.join(sorted(_SECTIONS))}. Correct "
+            f"{', '.join(wrong)}."
         )
     for name in sorted(_SECTIONS - {"name", "recipe"}):
         if not isinstance(settings[name], dict):

@@ -190,7 +190,7 @@ def test_a_policy_is_trained_graded_and_reported_on_any_ranks(place, tmp_path):
     ("words", "message"),
     [
         (("--critic-lr", 1e-3), "--critic-lr requires --algorithm ppo"),
-        (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be from 0 to 1"),
+        (("--algorithm", "ppo", "--gae-lambda", 2), "--gae-lambda 2.0 must be at least 0"),
         (("--rollouts-ahead", 1), "--rollouts-ahead 1 requires servers"),
         (("--rollout-url", "http://a/v1", "--top-k", 20), "--top-k 20 is incompatible with"),
         (("--rollout-url", "http://a/v1", "--top-p", 0.9), "--top-p 0.9 is incompatible with"),
