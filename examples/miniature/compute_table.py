@@ -30,7 +30,8 @@ def compute_figures(run: ComparedRun, validated: dict[str, Any]) -> dict[str, An
 
     Returns:
         `windows`, means of fan-out over the target in windows of steps that route by thresholds;
-        `forced`, the forced share of later steps; `held_out`, fan-out over the target by layer.
+        `forced`, the mean forced share of later steps; `forced_windows`, its means in windows of
+        steps; `held_out`, fan-out over the target by layer.
     """
     settings = run.settings
     if settings.get("router_type") != "expert-threshold" or not settings.get("num_experts"):
@@ -43,7 +44,8 @@ def compute_figures(run: ComparedRun, validated: dict[str, Any]) -> dict[str, An
     held_out = [layer["fan_out"] / target for layer in validated["layers"].values()]
     return {
         "windows": _windows(fan_out.mean(axis=0)[steps > first] / target),
-        "forced": [float(share) for share in forced.mean(axis=0)[after]],
+        "forced": float(forced.mean(axis=0)[after].mean()) if after.any() else 0.0,
+        "forced_windows": _windows(forced.mean(axis=0)[after]),
         "held_out": held_out,
     }
 
@@ -53,7 +55,10 @@ def _windows(values: np.ndarray) -> list[float]:
     count = len(values) // WINDOW
     if count == 0:
         return [float(values.mean())] if len(values) else []
-    return [float(mean) for mean in values[: count * WINDOW].reshape(count, WINDOW).mean(axis=1)]
+    return [
+        round(float(mean), 5)
+        for mean in values[: count * WINDOW].reshape(count, WINDOW).mean(axis=1)
+    ]
 
 
 def compute_table(figures: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
@@ -67,15 +72,14 @@ def compute_table(figures: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
     lines = [f"|  | {' | '.join(heads)} |", "| --- | ---: | ---: | ---: | ---: |"]
     for label, seeds in figures.items():
         windows = np.concatenate([seed["windows"] for seed in seeds])
-        forced = [seed["forced"] for seed in seeds]
-        highest = max(max(_windows(np.array(shares)), default=0.0) for shares in forced)
+        mean = np.mean([seed["forced"] for seed in seeds])
+        highest = max(max(seed["forced_windows"], default=0.0) for seed in seeds)
         held_out = np.concatenate([seed["held_out"] for seed in seeds])
         close = np.abs(windows - 1) <= _CLOSE
         worst = held_out[np.abs(held_out - 1).argmax()]
-        every = np.concatenate(forced) if any(forced) else np.zeros(1)
         lines.append(
             f"| {label} | {windows.min():.2f}, {windows.max():.2f} | "
-            f"{close.sum()} of {len(windows)} | {every.mean():.2%}, {highest:.1%} | "
+            f"{close.sum()} of {len(windows)} | {mean:.2%}, {highest:.1%} | "
             f"{held_out.mean():.3f}, {worst:.3f} |"
         )
     return lines

@@ -121,7 +121,8 @@ def test_fan_out_and_forced_tokens_by_hand(tmp_path: Path) -> None:
     ]
     assert compute["windows"] == pytest.approx([1.0, 0.9, 1.2, 1.02])
     assert compute["held_out"] == pytest.approx([0.95, 1.01])
-    assert len(compute["forced"]) == 40
+    assert compute["forced"] == pytest.approx(0.001)
+    assert compute["forced_windows"] == pytest.approx([0.0, 0.002])
     line = "| expert threshold, warm-up | 0.90, 1.20 | 2 of 4 | 0.10%, 0.2% | 0.980, 0.950 |"
     assert line in (tmp_path / "table.md").read_text().splitlines()
 
