@@ -44,6 +44,8 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # By default 5 connections may wait; the system then resets others when all ranks ask at once.
+    request_queue_size = 256
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
