@@ -65,6 +65,7 @@ class Endpoint:
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 256  # by default the system resets connections of the sixth caller on
 
     def handle_error(self, *_: object) -> None:
         """Ignore errors, because tests kill clients."""
