@@ -1,4 +1,4 @@
-"""What each rank of a layout builds on Transformer Engine and on torch, without a GPU or data.
+"""Build every rank of the layouts on Transformer Engine and on torch, without a GPU or data.
 
     python -m tests.te.shapes FILE
 

@@ -61,12 +61,9 @@ def make_expert_threshold(folder, **changes):
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 5,
-    "linear_conv_kernel_dim": 3,
-}
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+}  # fmt: skip
 MODELS: dict[str, Callable[..., Any]] = {
     "llama": partial(make, "llama", vocab_size=128, num_hidden_layers=2),
     "mixtral": partial(make, "mixtral", vocab_size=128, num_hidden_layers=2),
