@@ -1,10 +1,13 @@
 """Tests of threshold filters on synthetic drift, against the optimal filter and the best decay.
 
-The references are written in NumPy, in fp64, one expert at a time.
+The references are written in NumPy, in fp64, one expert at a time. As a program, the module prints
+the errors; with folders of runs with `--log-interval 1`, those of predictions of their cutoffs.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +19,10 @@ from scipy.stats import norm
 from megatron_ext.moe import threshold_estimators
 from megatron_ext.moe.threshold_estimators import StepCounts
 from megatron_ext.moe.thresholds import Thresholds
+from megatron_ext.reports.run_metrics import RunMetrics
 from tests.distributed import ROOT
+from tests.megatron import TINY
+from tests.pretraining import train
 
 Floats = NDArray[np.float64]
 
@@ -237,6 +243,68 @@ def test_table_of_errors_in_the_documentation_is_this_one() -> None:
         assert documented == pytest.approx(errors(name), abs=0.03), name
 
 
+# First and last step of parts of a run, as fractions of it.
+PARTS = ((0.02, 0.1), (0.1, 0.3), (0.3, 1.0))
+
+
+def recorded(run: Path) -> tuple[Floats, Floats]:
+    """Return the thresholds and cutoffs of a run with `--log-interval 1`.
+
+    Returns:
+        `[steps, layers * experts]` each; the threshold routed the step whose cutoff is next to it.
+    """
+    metrics = RunMetrics.read(run)
+    values = []
+    for name in ("threshold", "cutoff"):
+        series = [metrics.series(f"experts/{name}", layer) for layer in metrics.layers]
+        values.append(np.concatenate([layer for _, layer in series], axis=1))
+    return values[0], values[1]
+
+
+def recorded_errors(thresholds: Floats, cutoffs: Floats) -> dict[str, list[float]]:
+    """Return the root mean square errors of predictions of recorded cutoffs, by part of the run.
+
+    Args:
+        thresholds: `[steps - 1, experts]`, those that routed each step but the first.
+        cutoffs: `[steps, experts]`.
+    """
+    steps = len(thresholds)
+    parts = [slice(int(first * steps), int(last * steps)) for first, last in PARTS]
+
+    def by_part(values: Floats) -> list[float]:
+        errors = (values - cutoffs[1:]) ** 2
+        return [float(errors[part].mean() ** 0.5) for part in parts]
+
+    filters = [by_part(kalman(cutoffs, *variances)) for variances in GRID]
+    best = min(filters, key=lambda errors: errors[-1])
+    return {
+        "thresholds of the run": by_part(thresholds),
+        **{f"average with decay {decay}": by_part(average(cutoffs, decay)) for decay in DECAYS},
+        "best filter of each part": [min(errors) for errors in zip(*filters)],
+        "best filter of the last part": best,
+    }
+
+
+def test_recorded_thresholds_are_those_that_routed_the_step(tmp_path: Path) -> None:
+    train([*TINY, "--train-iters", "12", "--et-warmup-iters", "0", "--run-dir", str(tmp_path)])
+    thresholds, cutoffs = recorded(tmp_path)
+    assert cutoffs.shape == (12, 4)
+    # The first step has no threshold; decay 0.5 is that of the run.
+    np.testing.assert_allclose(thresholds[-11:], average(cutoffs, 0.5), rtol=1e-5)
+    table = recorded_errors(thresholds[-11:], cutoffs)
+    assert table["thresholds of the run"] == pytest.approx(
+        table["average with decay 0.5"], rel=1e-4
+    )
+
+
+def print_rows(rows: Mapping[str, Sequence[float]]) -> None:
+    for name, values in rows.items():
+        print("|", " | ".join([name, *(f"{value:.2f}" for value in values)]), "|")
+
+
 if __name__ == "__main__":
-    for name in DRIFTS:
-        print("|", " | ".join([name, *(f"{value:.2f}" for value in errors(name))]), "|")
+    if len(sys.argv) == 1:
+        print_rows({name: errors(name) for name in DRIFTS})
+    for folder in sys.argv[1:]:
+        thresholds, cutoffs = recorded(Path(folder))
+        print_rows(recorded_errors(thresholds[-len(cutoffs) + 1 :], cutoffs))
