@@ -8,7 +8,7 @@ runs (comparison.html, comparison.png). When the command is run again, it reuses
 resumes interrupted ones and adds further seeds or rows to results.json, whose runs may have been
 made on another machine. Flags after `--` are passed to
 pretrain_et.py in every row, for example to choose other sizes. The micro-batches of rows of expert
-choice follow from their pools.
+choice follow from their pools. With --text the models are trained on your own text.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from examples.quickstart.training import (
     training,
     with_bases,
 )
+from megatron_ext.data.shards import expand_inputs
 from megatron_ext.errors import ToolParser, UserError, run_tool
 
 
@@ -105,13 +106,14 @@ def validate(row: Row, run: Path, corpus: Corpus, flags: list[str], on_gpus: boo
     )
 
 
-def shared_settings(optimizer: Path, flags: list[str]) -> dict[str, Any]:
+def shared_settings(optimizer: Path, flags: list[str], text: list[str]) -> dict[str, Any]:
     """Return what all runs share, for results.json."""
     digest = hashlib.sha256()
     for recipe in (RECIPES / "miniature.yaml", optimizer):
         for file in with_bases(recipe):
             digest.update(file.read_bytes())
-    return {"optimizer": optimizer.stem, "flags": flags, "recipes": digest.hexdigest()}
+    settings = {"optimizer": optimizer.stem, "flags": flags, "recipes": digest.hexdigest()}
+    return settings | ({"text": text} if text else {})
 
 
 def _micro_batch(row: Row, global_batch: int, ranks: int) -> list[str]:
@@ -168,6 +170,14 @@ def main(argv: list[str] | None = None) -> int:
         default="adamw",
         help="Optimizer. Default: %(default)s.",
     )
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Files, folders or globs to train on, as tools.preprocess_data reads them. Default: "
+        "news and encyclopedia articles.",
+    )
     add("--ranks", type=int, help="Ranks of each training. Default: all GPUs, or 1.")
     add(
         "--jobs",
@@ -183,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         if (count := getattr(options, name)) is not None and count < 1:
             raise UserError(f"--{name} {count} is too small. Choose at least 1.")
     output = Path(options.output).absolute()
+    expand_inputs(options.text, "--text")  # refused before anything is written
     (output / "data").mkdir(parents=True, exist_ok=True)
     let_import()
     start = time.monotonic()
@@ -193,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     cores = psutil.cpu_count(logical=False) or 1
     jobs = options.jobs or (1 if on_gpus else max(1, cores // ranks))
     rows = [ROWS[name] for name in options.rows]
-    corpus = Corpus(output / "data")
+    corpus = Corpus(output / "data", tuple(options.text))
     optimizer = RECIPES / "optimizers" / f"{options.optimizer}.yaml"
-    settings = shared_settings(optimizer, flags)
+    settings = shared_settings(optimizer, flags, options.text)
     earlier_results(output, settings)  # refused before anything is trained
     trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, optimizer, flags, on_gpus)
     validations = [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.quickstart.steps import Step, module
+from megatron_ext.data.shards import expand_inputs
 
 VOCABULARY = 2048
 # Share of the documents. Its about 90,000 tokens determine the loss to about 0.01 nats.
@@ -13,13 +14,15 @@ _VALID_FRACTION = 0.03
 
 @dataclass(frozen=True)
 class Corpus:
-    """News and encyclopedia articles, 2.9 million tokens for training.
+    """News and encyclopedia articles, 2.9 million tokens for training, or other text.
 
     Attributes:
         folder: Folder of all files.
+        inputs: Files, folders or globs of other text, as `tools.preprocess_data` reads them.
     """
 
     folder: Path
+    inputs: tuple[str, ...] = ()
 
     @property
     def text(self) -> Path:
@@ -56,36 +59,39 @@ class Corpus:
     def steps(self, log: Path) -> list[Step]:
         """Return the steps that create the dataset."""
         prepare = Path(__file__).with_name("prepare_text.py")
+        text = Step(
+            "text",
+            "cleaning news and encyclopedia articles",
+            module("examples.quickstart.prepare_text", "--output", self.text, "--wikipedia"),
+            log,
+            makes=[self.text],
+            depends=[prepare],
+        )
+        inputs = self.inputs or (str(self.text),)
+        files = [*map(Path, expand_inputs([*self.inputs], "--text"))] or [self.text]
         return [
-            Step(
-                "text",
-                "cleaning news and encyclopedia articles",
-                module("examples.quickstart.prepare_text", "--output", self.text, "--wikipedia"),
-                log,
-                makes=[self.text],
-                depends=[prepare],
-            ),
+            *([] if self.inputs else [text]),
             Step(
                 "tokenizer",
                 f"learning {VOCABULARY:,} entries",
                 module(
-                    "tools.train_tokenizer", "--input", self.text, "--output", self.tokenizer,
+                    "tools.train_tokenizer", "--input", *inputs, "--output", self.tokenizer,
                     "--overwrite", "--vocab-size", str(VOCABULARY),
                 ),
                 log,
                 makes=[self.tokenizer],
-                depends=[self.text],
+                depends=files,
             ),
             Step(
                 "data",
                 "indexing the tokens for training and validation",
                 module(
-                    "tools.preprocess_data", "--input", self.text,
+                    "tools.preprocess_data", "--input", *inputs,
                     "--tokenizer-model", self.tokenizer, "--output-prefix", self.folder / "news",
                     "--valid-fraction", str(_VALID_FRACTION), "--overwrite",
                 ),
                 log,
                 makes=self.files[:2],
-                depends=[self.text, self.tokenizer],
+                depends=[*files, self.tokenizer],
             ),
         ]  # fmt: skip

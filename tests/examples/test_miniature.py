@@ -12,9 +12,7 @@ import pytest
 
 from examples.miniature.rows import ROWS
 from examples.miniature.table import write_table
-from examples.quickstart.corpus import Corpus
 from examples.quickstart.prepare_text import clean_news, news
-from examples.quickstart.steps import stamp_of
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT
 from tests.examples.test_quickstart import has_texts
@@ -132,25 +130,20 @@ def miniature(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-def few_texts(output: Path) -> None:
-    """Replace the finished first step by a part of the text; everything is predicted thrice."""
-    step = Corpus(output / "data").steps(output / "miniature.log")[0]
-    [text] = step.makes
-    text.parent.mkdir()
+def few_texts(folder: Path) -> str:
+    """Write a part of the text, of which everything is predicted thrice; return the file."""
+    text = folder / "few.jsonl"
     lines = [json.dumps({"text": clean_news(one)}) for one in islice(news(), 400)]
     text.write_text("\n".join(lines))
-    stamps = output / "steps"
-    stamps.mkdir()
-    (stamps / f"{step.name}.done").write_text(stamp_of(step))
+    return str(text)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not has_texts(), reason="the packages with the text are missing")
 def test_miniature_trains_rows_once_and_compares_them(tmp_path: Path) -> None:
-    few_texts(tmp_path)
     short = ("--", "--train-iters", "6", "--et-warmup-iters", "2", "--eval-iters", "1")
-    shape = ("--output", str(tmp_path), "--ranks", "1")
+    shape = ("--output", str(tmp_path), "--ranks", "1", "--text", few_texts(tmp_path))
     first = miniature(*shape, "--rows", "et", *short)
     assert first.returncode == 0, first.stderr
     both = miniature(*shape, "--rows", "tc-aux", "et", *short)
@@ -171,6 +164,7 @@ def test_miniature_refuses_wrong_flags_in_one_sentence(tmp_path: Path) -> None:
         (("--seeds", "1", "1"), "--seeds repeats a value. Name each once."),
         (("--ranks", "0"), "--ranks 0 is too small. Choose at least 1."),
         (("--rows", "xy"), "--rows xy is not one of"),
+        (("--text", str(tmp_path / "x.txt")), f"--text {tmp_path / 'x.txt'} does not exist."),
     ):
         done = miniature("--output", str(tmp_path / "none"), *words)
         assert done.returncode == 2
