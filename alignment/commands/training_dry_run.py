@@ -12,7 +12,7 @@ from megatron.training.training import destroy_global_state
 from alignment.commands.config_groups import TrainingConfig
 from alignment.commands.training_setup import megatron_layout
 from alignment.engines.export import SHARD_BYTES
-from alignment.engines.megatron_launch import MegatronLayout
+from alignment.engines.megatron_launch import MegatronLayout, check_samples_per_row
 from alignment.rl.resident_models import ResidentModel
 from megatron_ext.arguments import parse_args, parse_flags
 from megatron_ext.config import ETConfig
@@ -49,7 +49,8 @@ def dry_run(
         resident: The other models on the ranks of a policy, whose memory is added up with it.
 
     Raises:
-        UserError: A model is of an unknown family, or --engine is not megatron.
+        UserError: A model is of an unknown family or cannot be trained on the layout, or --engine
+            is not megatron.
         LimitExceeded: A rank does not fit --device. The report is printed.
     """
     if config.engine.engine != "megatron":
@@ -67,7 +68,10 @@ def dry_run(
         )
 
     def parse(of: Architecture, flags: Sequence[str]) -> tuple[argparse.Namespace, ETConfig]:
-        return _pretraining_args(of, config, world_size, flags)
+        args, et_config = _pretraining_args(of, config, world_size, flags)
+        if of is model:
+            check_samples_per_row(of, args.tensor_model_parallel_size, args.context_parallel_size)
+        return args, et_config
 
     def together(
         args: argparse.Namespace, facts: Mapping[str, Any], flags: Sequence[str]

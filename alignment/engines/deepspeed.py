@@ -20,6 +20,7 @@ from alignment.engines.deepspeed_checkpoint import verify_checkpoint
 from alignment.engines.deepspeed_launch import (
     ON_CPU,
     ZeroSettings,
+    check_samples_per_row,
     load_model,
     read_end_tokens,
     start_ranks,
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
             dtype: fp32 or bf16. Default: fp32 on a CPU, else bf16.
 
         Raises:
-            UserError: The model cannot be read.
+            UserError: The model cannot be read, or cannot be trained with several samples per row.
         """
         self.optimization, self.zero = optimization, zero or ZeroSettings()
         self.dtype = dtype or (torch.float32 if ON_CPU else torch.bfloat16)
@@ -75,6 +76,8 @@ class DeepSpeedEngine:
         self.step = 0
         self._path = locate_hf_folder(path, "--model", "--engine deepspeed")
         model = load_model(self._path, self.dtype)
+        if optimization is not None:
+            check_samples_per_row(model.config)
         self.eod = read_end_tokens(self._path)
         self._engine, self._optimizer = wrap(model, optimization, self.zero, self.dtype)
         self._device = self._engine.device

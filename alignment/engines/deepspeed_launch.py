@@ -107,6 +107,23 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def check_samples_per_row(config: Any) -> None:
+    """Refuse a model that would mix the samples of a row.
+
+    Args:
+        config: Configuration of the model in transformers.
+
+    Raises:
+        UserError: The model has linear attention, which no mask keeps within a sample.
+    """
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise UserError(
+            "Several samples per row of a model with linear attention (layer_types in "
+            "config.json) are not supported by the DeepSpeed engine, which would mix them. "
+            "Use the Megatron engine."
+        )
+
+
 def _turn_dropout_off(config: Any) -> None:
     """Set all dropout rates to 0, before modules other than torch.nn.Dropout copy them."""
     from transformers import PretrainedConfig

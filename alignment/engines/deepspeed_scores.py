@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignment.engines.batch import TokenBatch
+from alignment.engines.deepspeed_launch import check_samples_per_row
 from alignment.engines.protocol import TokenScores, align_scores
-from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import log_probs_of
 
 
@@ -76,13 +76,7 @@ class CausalScorer:
         mask = None
         positions = torch.arange(batch.length, device=batch.tokens.device).expand(batch.rows, -1)
         if batch.is_packed:
-            config = self.engine.module.config.get_text_config()
-            if "linear_attention" in (getattr(config, "layer_types", None) or ()):
-                raise UserError(
-                    "Several samples per row of a model with linear attention (layer_types in "
-                    "config.json) are not supported by the DeepSpeed engine, which would mix them. "
-                    "Use the Megatron engine."
-                )
+            check_samples_per_row(self.engine.module.config)
             mask, positions = self._mask(batch), batch.positions
         output = self.engine(
             input_ids=batch.tokens,

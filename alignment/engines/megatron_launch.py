@@ -88,12 +88,8 @@ def start(
         unset_global_variables()  # the previous engine has references to its own arguments
         destroy_rerun_state_machine()
     model, frozen = source.model, optimization is None
-    if model.hybrid and not frozen and layout.tensor * layout.context > 1:
-        raise UserError(
-            "A model with Gated DeltaNet layers is trained with several samples per row, which "
-            "requires tensor and context parallel sizes of 1. Use data, expert or pipeline "
-            "parallelism."
-        )
+    if not frozen:
+        check_samples_per_row(model, layout.tensor, layout.context)
     optimization = optimization or Optimization()
     dtype = dtype or (torch.float32 if is_cpu_device() else source.dtype)
     # From Megatron's default of 2 ** 32 a run would skip some 16 steps until gradients fit in fp16.
@@ -144,6 +140,25 @@ def start(
         patches.apply("optimizer")
         patches.apply("checkpoints")
     return args, config
+
+
+def check_samples_per_row(model: Architecture, tensor: int, context: int) -> None:
+    """Refuse to train a model on a layout that requires a single sample per row.
+
+    Args:
+        model: Shape of the model.
+        tensor: Tensor parallel size.
+        context: Context parallel size.
+
+    Raises:
+        UserError: Tokens of a Gated DeltaNet layer's samples are on several ranks.
+    """
+    if model.hybrid and tensor * context > 1:
+        raise UserError(
+            "A model with Gated DeltaNet layers is trained with several samples per row, which "
+            "requires tensor and context parallel sizes of 1. Use data, expert or pipeline "
+            "parallelism."
+        )
 
 
 def _check_same_function(args: Namespace, model: Architecture) -> None:

@@ -147,7 +147,9 @@ def _use(facts: CardFacts) -> str:
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))",
         "```", "",
     ]  # fmt: skip
-    if facts.source.model.thresholds:
+    if facts.source.model.hybrid:
+        lines.append("vLLM does not serve it, because it has Gated DeltaNet layers.")
+    elif facts.source.model.thresholds:
         lines.append(
             "`vllm serve FOLDER` serves it with the plug-in of megatron-et, or without the plug-in "
             "through vLLM's Transformers back end (`--trust-remote-code --enforce-eager`)."

@@ -5,6 +5,7 @@ Nothing here imports Megatron, so the package can be installed next to vLLM with
 """
 
 import logging
+from typing import Any
 
 TESTED = ("0.32",)
 """Versions of vLLM that this plug-in has been tested with."""
@@ -47,3 +48,19 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine(
         TRANSFER_BACK_END, "megatron_ext.vllm.weight_transfer", "StreamEngine"
     )
+
+
+def check_layers(config: Any) -> None:
+    """Refuse a model with layers that the plug-in does not have.
+
+    Args:
+        config: Configuration of the model in transformers.
+
+    Raises:
+        ValueError: The model has Gated DeltaNet layers. vLLM prints the message and ends.
+    """
+    if config.layer_types is not None:
+        raise ValueError(
+            "This model has Gated DeltaNet layers (layer_types in config.json), which the "
+            "plug-in of megatron-et does not serve. Use transformers, or tools.serve."
+        )

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from megatron_ext.hf.remote.configuration_et import ExpertThresholdConfig
+from megatron_ext.vllm import check_layers
 from megatron_ext.vllm.layers import ExpertThresholdLayer, rms_norm
 
 # Names of projections in a folder, and the parameter and the part of it that they become.
@@ -48,11 +49,7 @@ class ExpertThresholdModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: ExpertThresholdConfig = vllm_config.model_config.hf_config
-        if config.layer_types is not None:
-            raise ValueError(
-                "This model has Gated DeltaNet layers (layer_types in config.json), which the "
-                "plug-in of megatron-et does not serve. Use transformers, or tools.serve."
-            )
+        check_layers(config)
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
         self.embed_tokens: nn.Module = PPMissingLayer()
         self.embedding_norm: RMSNorm | None = None
