@@ -101,7 +101,7 @@ setup(
             "openai>=2",
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "setuptools>=77",
             "types-psutil>=6",
