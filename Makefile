@@ -67,7 +67,7 @@ docs: environment  ## build the documentation site in build/site; a warning is a
 	    $(python) -m pip install --disable-pip-version-check -q $(docs)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
-layouts: environment  ## train every layout and write docs/experiments/layouts.md (ten minutes on two cores)
+layouts: environment  ## train every layout and write docs/experiments/layouts.md (fifteen minutes on two cores)
 	$(python) -m tests.training.layout_table docs/experiments/layouts.md
 
 bench: environment  ## every benchmark: a table and JSON lines from each

@@ -2,12 +2,13 @@
 
     python -m tests.training.layout_table docs/experiments/layouts.md
 
-It takes about ten minutes on two cores; `make layouts` runs it.
+It takes about fifteen minutes on two cores; `make layouts` runs it. With the keys of comparisons
+after the path, `hybrid` for example, it measures only these and keeps the other tables of the page.
 """
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from tests.training.layouts import (
     ONE_RANK,
     STEPS,
     WARMUP,
-    Difference,
+    Kind,
     Layout,
     difference,
+    holds,
     train,
 )
 
@@ -56,16 +58,6 @@ expert choice. The columns after the flags report:
 """
 
 
-def holds(measured: Difference, layout: Layout) -> bool:
-    """Return whether a difference is within the tolerance of the layout's comparison."""
-    kind = KINDS[layout.kind]
-    return (
-        measured.loss <= kind.loss
-        and measured.rest <= kind.rest
-        and (measured.counts or kind.counts_may)
-    )
-
-
 def start_flags(layout: Layout, one_rank: Callable[[str], Path]) -> tuple[str, ...]:
     """Return the flags that start a run at the first step of its comparison."""
     if not KINDS[layout.kind].after_warmup:
@@ -83,8 +75,8 @@ def as_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def measure(folder: Path) -> dict[str, list[list[str]]]:
-    """Train all layouts and return the rows of each comparison by its key."""
+def measure(folder: Path, kinds: Collection[str]) -> dict[str, list[list[str]]]:
+    """Train the layouts of some comparisons and return the rows of each by its key."""
     rows_of: dict[str, list[Any]] = {}
 
     @cache
@@ -95,8 +87,8 @@ def measure(folder: Path) -> dict[str, list[list[str]]]:
         rows_of[kind] = train(run, layout, *interval, *start_flags(layout, one_rank), save=True)
         return run
 
-    tables: dict[str, list[list[str]]] = {kind: [] for kind in KINDS}
-    for number, layout in enumerate(LAYOUTS):
+    tables: dict[str, list[list[str]]] = {kind: [] for kind in kinds}
+    for number, layout in enumerate(layout for layout in LAYOUTS if layout.kind in kinds):
         reference = one_rank(layout.kind)
         expected = rows_of[layout.kind]
         run = folder / str(number)
@@ -120,26 +112,31 @@ def measure(folder: Path) -> dict[str, list[list[str]]]:
     return tables
 
 
-def document(tables: dict[str, list[list[str]]]) -> str:
-    """Return the text of the page."""
-    parts = [INTRODUCTION]
-    for key, kind in KINDS.items():
-        shared = f" Shared flags: `{' '.join(kind.flags)}`." if kind.flags else ""
-        parts.append(
-            f"\n## {kind.title}\n\n{kind.about}{shared} Tolerance: {kind.loss:.0e} for losses, "
-            f"{kind.rest:.0e} for gradient norms, cutoffs and thresholds.\n\n"
-        )
-        lines = [HEADER, ["---"] * len(HEADER), *tables[key]]
-        parts.append("".join(as_line(cells) + "\n" for cells in lines))
-    return "".join(parts)
+def tables_of(page: str) -> dict[str, str]:
+    """Return the tables of a page, from the heading to the last row, by the key of the kind."""
+    sections = {part.splitlines()[0]: f"\n## {part}" for part in page.split("\n## ")[1:]}
+    return {key: sections[kind.title] for key, kind in KINDS.items() if kind.title in sections}
+
+
+def section(kind: Kind, rows: list[list[str]]) -> str:
+    """Return the part of the page with the table of a comparison."""
+    shared = f" Shared flags: `{' '.join(kind.flags)}`." if kind.flags else ""
+    text = (
+        f"\n## {kind.title}\n\n{kind.about}{shared} Tolerance: {kind.loss:.0e} for losses, "
+        f"{kind.rest:.0e} for gradient norms, cutoffs and thresholds.\n\n"
+    )
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return text + "".join(as_line(cells) + "\n" for cells in lines)
 
 
 def main() -> None:
-    [target] = sys.argv[1:]
+    target, kinds = Path(sys.argv[1]), sys.argv[2:]
+    tables = tables_of(target.read_text()) if kinds else {}
     with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
-        page = document(measure(Path(folder)))
-    temporary = Path(target + ".tmp")
-    temporary.write_text(page)
+        for key, rows in measure(Path(folder), kinds or list(KINDS)).items():
+            tables[key] = section(KINDS[key], rows)
+    temporary = Path(f"{target}.tmp")
+    temporary.write_text(INTRODUCTION + "".join(tables[key] for key in KINDS))
     temporary.replace(target)
 
 

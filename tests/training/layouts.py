@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import run_ranks
-from tests.megatron import TINY
+from tests.megatron import DELTA_NET, TINY
 
 STEPS, WARMUP = 20, 8
 MODEL = [
@@ -102,7 +102,27 @@ KINDS = {
         1e-1,
         counts_may=True,
     ),
-}
+    "hybrid": Kind(
+        "Gated DeltaNet",
+        "The comparison in fp32 for a [hybrid model](../how-to/pretraining.md#hybrid-models), of "
+        "whose four layers two have Gated DeltaNet in place of attention. The initial weights are "
+        "larger, so that these layers matter, and the learning rate is smaller, so that Adam does "
+        "not amplify the rounding of their smallest gradients.",
+        (*("--hybrid-layer-pattern", "G-*EGE*E", *DELTA_NET),
+         *("--init-method-std", "0.1", "--lr", "3e-3")),
+        1e-5,
+        1e-4,
+    ),
+    "depths": Kind(
+        "Multi-token prediction",
+        "The comparison in fp32 for a model that also predicts "
+        "[two further tokens](../how-to/pretraining.md#multi-token-prediction). The losses of "
+        "these depths count as losses.",
+        ("--mtp-num-layers", "2", "--mtp-loss-scaling-factor", "0.3"),
+        1e-5,
+        1e-4,
+    ),
+}  # fmt: skip
 
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 EP2 = ("--expert-model-parallel-size", "2")
@@ -144,7 +164,26 @@ LAYOUTS = [
     Layout("DP 2", 2, 2, kind="bf16"),
     Layout("TP 2, EP 2, distributed optimizer", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED),
            kind="bf16"),
+    Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), "hybrid"),
+    Layout("EP 2", 2, 2, EP2, "hybrid"),
+    Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), "hybrid"),
+    Layout("CP 2", 2, 1, CP2, "hybrid"),
+    Layout("CP 2, TP 2, EP 2", 4, 1, (*CP2, *TP2, *EP2), "hybrid"),
+    Layout("PP 2", 2, 1, PP2, "hybrid"),
+    Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED), "hybrid"),
+    Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1"), "hybrid"),
+    Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), "depths"),
+    Layout("EP 2", 2, 2, EP2, "depths"),
+    Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), "depths"),
+    Layout("PP 2", 2, 1, PP2, "depths"),
+    Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED), "depths"),
+    Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1"), "depths"),
 ]  # fmt: skip
+
+
+def layouts_of(kind: str) -> dict[str, Layout]:
+    """Return the layouts of a comparison by their names."""
+    return {layout.name: layout for layout in LAYOUTS if layout.kind == kind}
 
 
 def _pretrain(flags: list[str]) -> None:
@@ -204,9 +243,21 @@ def difference(rows: list[Any], expected: list[Any]) -> Difference:
             if name in ("threshold", "cutoff"):
                 pairs = _pairs(row[key], other[key])
                 rest = max(rest, *(abs(a - b) for a, b in pairs))
+            elif name.startswith("mtp_"):  # the loss of a depth of multi-token prediction
+                loss = max(loss, abs(row[key] - other[key]))
             elif name in ("load", "fan_out_histogram", "saturation", "starvation"):
                 counts = counts and row[key] == other[key]
     return Difference(loss, rest, counts)
+
+
+def holds(measured: Difference, layout: Layout) -> bool:
+    """Return whether a difference is within the tolerance of the layout's comparison."""
+    kind = KINDS[layout.kind]
+    return (
+        measured.loss <= kind.loss
+        and measured.rest <= kind.rest
+        and (measured.counts or kind.counts_may)
+    )
 
 
 def _pairs(a: Any, b: Any) -> Iterator[tuple[float, float]]:

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_ext.moe.thresholds import Thresholds
 from tests.distributed import ROOT
 from tests.megatron import TINY
-from tests.training.layout_table import HEADER, holds, row, start_flags
+from tests.training.layout_table import HEADER, row, start_flags
 from tests.training.layouts import (
     CP2,
     EP2,
@@ -33,6 +33,7 @@ from tests.training.layouts import (
     WHOLE_EXPERTS,
     Layout,
     difference,
+    holds,
     train,
 )
 
