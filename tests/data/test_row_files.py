@@ -56,7 +56,7 @@ ARRAY = json.dumps(ROWS, indent=1).encode()
         ("rows.csv", as_csv(end="\r\n")),
         ("rows.csv", b"\xef\xbb\xbf" + as_csv(";", "\r\n")),
         ("rows.tsv", as_csv("\t")),
-        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("rows.csv.zst", zstandard.compress(as_csv())),
         ("rows.json.bz2", bz2.compress(ARRAY)),
         ("ROWS.CSV", as_csv()),
@@ -105,7 +105,7 @@ def test_rows_of_csv_with_too_many_cells_are_named_with_their_lines(tmp_path: Pa
         ("r.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', r"several arrays of rows"),
         ("r.xlsx", b"PK", r"r\.xlsx is read by its suffix"),
         ("r.parquet", b"PAR1", r"r\.parquet is not a readable Parquet file"),
-        ("r.jsonl.gz", gzip.compress(LINES)[:-9], r"r\.jsonl\.gz is truncated or broken"),
+        ("r.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], r"r\.jsonl\.gz is truncated or broken"),
     ],
 )
 def test_broken_files_are_refused_by_name(
