@@ -54,7 +54,7 @@ setup(
         "pyyaml>=6.0.1",
         # text and models
         "sentencepiece>=0.2,<0.3",
-        "transformers>=5.16,<6",
+        "transformers>=5.17,<6",
         "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
