@@ -14,6 +14,7 @@ from tests.alignment.engines.engine_runs import (
     scores,
     train,
 )
+from tests.alignment.engines.test_engines import HYBRID, make_expert_threshold
 from tests.closeness import rounding
 from tests.distributed import run_ranks
 from tests.hf.models import make
@@ -99,6 +100,41 @@ def test_packed_samples_have_separate_attention_windows(tmp_path):
     assert len(result) == 4
     for name, (packed, alone) in result.items():
         assert packed.tolist() == pytest.approx(alone.tolist(), abs=rounding(alone, 1e-5)), name
+
+
+HYBRID_ROWS = [list(range(1, 100, 9)), list(range(5, 126, 8))]
+
+
+def hybrid_alone_and_packed(folder):
+    """Return scores of padded rows of one sample, and the messages for rows of several samples."""
+    from alignment.engines.deepspeed import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(folder)
+    rows = [TokenSample(row) for row in HYBRID_ROWS]
+    alone = engine.log_probs(TokenBatch.of(rows)).log_probs
+    return alone, [
+        error_message_of(lambda: engine.log_probs(TokenBatch.packed(rows, 32))),
+        error_message_of(lambda: DeepSpeedEngine(folder, OPTIMIZATION)),
+    ]
+
+
+@pytest.mark.slow
+def test_deepspeed_scores_a_hybrid_model_but_refuses_several_samples_per_row(tmp_path):
+    from megatron_ext.hf.remote.modeling_et import ExpertThresholdForCausalLM
+
+    make_expert_threshold(tmp_path, **HYBRID)
+    [(alone, messages)] = run_ranks(hybrid_alone_and_packed, 1, tmp_path)
+    model = ExpertThresholdForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for row, values in zip(HYBRID_ROWS, alone):
+        tokens = torch.tensor([row])
+        with torch.no_grad():
+            table = model(tokens).logits[0, :-1].log_softmax(-1)
+        expected = table.gather(1, tokens[0, 1:, None]).squeeze(1)
+        assert values[1 : len(row)].tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
+    assert messages == 2 * [
+        "Several samples per row of a model with linear attention (layer_types in config.json) are "
+        "not supported by the DeepSpeed engine, which would mix them. Use the Megatron engine."
+    ]
 
 
 def save_on_ranks(folder, place):
