@@ -46,6 +46,7 @@ setup(
     install_requires=[
         "torch>=2.9,<2.15",
         "megatron-core>=0.19.2,<0.20",
+        "einops>=0.8",  # of Megatron's Mamba layers
         "emerging-optimizers>=0.3,<0.4",  # Muon
         "numpy>=2.0,<3",
         "packaging>=24.2",

@@ -7,6 +7,7 @@ from typing import Literal
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.errors import UserError
+from megatron_ext.layer_sizes import check_linear_attention, check_mamba
 from megatron_ext.moe.registry import ROUTERS, RouterType, router_type, routers_help
 from megatron_ext.moe.thresholds import RoutingRate
 
@@ -84,9 +85,15 @@ class ETConfig(TransformerConfig):
     N(0, --init-method-std), residual projections divided by sqrt(2 * layers). Both depend only on
     the seed and the parameter, not on the parallel layout. Default: paper."""
 
+    mamba_layers: list[int] = field(default_factory=list)
+    """Layers that are Mamba-2 layers in place of attention: a 0 or a 1 for each layer.
+    --hybrid-layer-pattern sets it. Default: none."""
+
     def __post_init__(self) -> None:
         if self.experimental_attention_variant is not None:
-            self._check_linear_attention()
+            check_linear_attention(self)
+        if self.mamba_layers:
+            check_mamba(self, linear_attention_pattern(self))
         if self.num_moe_experts is None:
             # Unused; Megatron refuses others with --moe-router-topk 1.
             self.moe_router_score_function = "sigmoid"
@@ -128,34 +135,6 @@ class ETConfig(TransformerConfig):
         layers = -(-sum(pattern) // self.pipeline_model_parallel_size)
         layers += pattern[-1] * (self.mtp_num_layers or 0)  # on the last stage
         return int(self.et_logit_buffer_mb * 2**20) // max(layers, 1)
-
-    def _check_linear_attention(self) -> None:
-        """Refuse sizes of Gated DeltaNet layers that do not fit each other or the layout."""
-        for name in (
-            *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
-            *("linear_value_head_dim", "linear_conv_kernel_dim"),
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1. "
-                    "Choose another value."
-                )
-        keys, values = self.linear_num_key_heads, self.linear_num_value_heads
-        if values % keys:
-            raise UserError(
-                f"--linear-num-value-heads {values} is not divisible by --linear-num-key-heads "
-                f"{keys}. Choose a multiple of {keys}."
-            )
-        tensor, context = self.tensor_model_parallel_size, self.context_parallel_size
-        if keys % (tensor * context):
-            flags = f"--tensor-model-parallel-size {tensor}"
-            if context > 1:
-                flags += f" times --context-parallel-size {context}"
-            raise UserError(
-                f"--linear-num-key-heads {keys} is not divisible by {flags}: the ranks share the "
-                f"heads of a Gated DeltaNet layer. Choose a multiple of {tensor * context}, or "
-                "another layout."
-            )
 
     def _check_thresholds(self) -> None:
         """Refuse values with which thresholds cannot work, naming the flag and the fix."""
@@ -236,3 +215,13 @@ def linear_attention_pattern(config: ETConfig) -> list[bool]:
     if isinstance(frequency, int):
         return [(i + 1) % frequency != 0 for i in range(config.num_layers)]
     return [bool(flag) for flag in frequency]
+
+
+def mamba_pattern(config: ETConfig) -> list[bool]:
+    """Return which layers are Mamba layers, by `--mamba-layers`."""
+    return [bool(flag) for flag in config.mamba_layers or [0] * config.num_layers]
+
+
+def is_hybrid(config: ETConfig) -> bool:
+    """Return whether some layers are Gated DeltaNet or Mamba layers."""
+    return any(linear_attention_pattern(config)) or any(mamba_pattern(config))

@@ -1,9 +1,9 @@
 """Layers of a model as Megatron's `--hybrid-layer-pattern`.
 
-A transformer layer is a pair of symbols: attention `*` or a Gated DeltaNet layer `G`, then an MLP
-`-` or experts `E`. Each `/` with a pair after it is a depth of multi-token prediction. Megatron
-counts each symbol as a layer; here a pair is one, as in every other flag, so the pattern is
-replaced by the flags of GPT models that say the same.
+A transformer layer is a pair of symbols: attention `*`, a Gated DeltaNet layer `G` or a Mamba-2
+layer `M`, then an MLP `-` or experts `E`. Each `/` with a pair after it is a depth of multi-token
+prediction. Megatron counts each symbol as a layer; here a pair is one, as in every other flag, so
+the pattern is replaced by flags that say the same: those of GPT models, and `--mamba-layers`.
 """
 
 from argparse import Namespace
@@ -11,7 +11,10 @@ from itertools import batched
 
 from megatron_ext.errors import UserError
 
-_PAIRS = 'pairs of * (attention) or G (Gated DeltaNet), then - (MLP) or E (experts), like "*-GE"'
+_PAIRS = (
+    "pairs of * (attention), G (Gated DeltaNet) or M (Mamba-2), then - (MLP) or E (experts), like "
+    '"*-GE"'
+)
 
 
 def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
@@ -28,13 +31,15 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
     if pattern is None:
         return
     name = f"--hybrid-layer-pattern {pattern}"
-    for symbol, reason in _REFUSED.items():
-        if symbol in pattern:
-            raise UserError(f"{name} has {symbol}: {reason}")
+    if "|" in pattern:
+        raise UserError(
+            f"{name} has |: pipeline stages follow from --pipeline-model-parallel-size. Leave | "
+            "out."
+        )
     decoder, *depths = pattern.split("/")
     layers = list(batched(decoder, 2))
     if not layers or any(
-        len(pair) < 2 or pair[0] not in "*G" or pair[1] not in "-E" for pair in layers
+        len(pair) < 2 or pair[0] not in "*GM" or pair[1] not in "-E" for pair in layers
     ):
         raise UserError(f"{name} does not describe transformer layers. Use {_PAIRS}.")
     last = "".join(layers[-1])
@@ -49,7 +54,7 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
             f"--mtp-num-layers is {args.mtp_num_layers}. Leave --mtp-num-layers out."
         )
     experts = [int(second == "E") for _, second in layers]
-    linear = [int(first == "G") for first, _ in layers]
+    linear, mamba = ([int(first == symbol) for first, _ in layers] for symbol in "GM")
     if "num_layers" in explicit and args.num_layers != len(layers):
         raise UserError(
             f"{name} has {len(layers)} pairs, which are transformer layers, but --num-layers is "
@@ -65,6 +70,7 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
     for flag, text, values, default in (
         ("moe_layer_freq", "experts, E", experts, 1),
         ("linear_attention_freq", "Gated DeltaNet, G", linear, None),
+        ("mamba_layers", "Mamba, M", mamba, []),
     ):
         other = getattr(args, flag)
         if flag in explicit and other != default and _expanded(other, flag, len(layers)) != values:
@@ -80,13 +86,9 @@ def expand_layer_pattern(args: Namespace, explicit: set[str]) -> None:
     if any(linear):
         args.experimental_attention_variant = "gated_delta_net"
         args.linear_attention_freq = linear
+    if any(mamba):
+        args.mamba_layers = mamba
     args.hybrid_layer_pattern = None
-
-
-_REFUSED = {
-    "M": "Mamba layers are not supported by this project. Use G, Gated DeltaNet.",
-    "|": "pipeline stages follow from --pipeline-model-parallel-size. Leave | out.",
-}
 
 
 def _expanded(frequency: int | list[int], flag: str, layers: int) -> list[int]:

@@ -31,6 +31,7 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
         (None, _PATTERN),
     ),
     "experimental_attention_variant": ("dsa", "Use gated_delta_net, or leave it out."),
+    "use_mamba_mem_eff_path": (False, _LEAVE_OUT),
     "rl_profile": (None, "Use et-align train-policy for reinforcement learning."),
     "moe_use_upcycling": (None, "Use python -m tools.upcycle."),
     "init_method_xavier_uniform": (None, "Use --init-method-std or --et-init."),
@@ -58,6 +59,7 @@ _NEEDS_GPU: dict[str, Any] = {
 _NEEDS_PACKAGE = {
     "use_grouped_gemm_for_shared_expert": ("transformer_engine", "transformer-engine"),
     "log_device_memory_used": ("pynvml", "nvidia-ml-py"),
+    "mamba_training_ssm_states_dtype": ("mamba_ssm", "mamba-ssm"),
     "log_straggler": ("pynvml", "nvidia-ml-py"),
     "enable_ft_package": ("nvidia_resiliency_ext", "nvidia-resiliency-ext"),
 }
@@ -164,6 +166,6 @@ def _check_expert_biases(args: Namespace) -> None:
 
 def _flag(name: str) -> str:
     """Return the flag of an argument."""
-    if name == "pad_vocab_size":
-        return "--disable-pad-vocab-size"
+    if name in ("pad_vocab_size", "use_mamba_mem_eff_path"):
+        return "--disable-" + name.removeprefix("use_").replace("_", "-")
     return "--use-nccl-ub" if name == "nccl_ub" else "--" + name.replace("_", "-")

@@ -30,6 +30,13 @@ DELTA_NET = (
 """Sizes of Gated DeltaNet layers that 4 ranks can share; all of them differ."""
 
 
+MAMBA = (
+    *("--mamba-state-dim", "6", "--mamba-head-dim", "5", "--mamba-num-heads", "8"),
+    *("--mamba-num-groups", "2"),
+)
+"""Sizes of Mamba layers that 4 ranks can share; all of them differ."""
+
+
 def start(*flags: str) -> tuple[Namespace, Any, list[Any]]:
     """Parse the flags, start Megatron on this rank and build the model, in training mode.
 

@@ -15,6 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "moe_layer_freq": 1,
     "linear_attention_freq": None,
     "experimental_attention_variant": None,
+    "mamba_layers": [],
     "mtp_num_layers": None,
 }
 
@@ -36,6 +37,11 @@ def test_pattern_determines_the_layers() -> None:
     assert args.linear_attention_freq is args.experimental_attention_variant is None
     args = expanded("G-*E/*E/*E")
     assert (args.num_layers, args.mtp_num_layers, args.moe_layer_freq) == (2, 2, [0, 1])
+    args = expanded("M-MEME*E")
+    assert (args.num_layers, args.mamba_layers) == (4, [1, 1, 1, 0])
+    assert args.linear_attention_freq is args.experimental_attention_variant is None
+    args = expanded("M-GE*E")
+    assert (args.mamba_layers, args.linear_attention_freq) == ([1, 0, 0], [0, 1, 0])
     assert expanded(None) == Namespace(**DEFAULTS, hybrid_layer_pattern=None)
 
 
@@ -53,6 +59,10 @@ def test_pattern_accepts_flags_that_say_the_same(flags: dict[str, Any]) -> None:
     assert expanded("G-GEG-*E", **flags).linear_attention_freq == [1, 1, 1, 0]
 
 
+def test_pattern_accepts_mamba_layers_that_say_the_same() -> None:
+    assert expanded("M-*E", mamba_layers=[1, 0]).mamba_layers == [1, 0]
+
+
 @pytest.mark.parametrize(
     "pattern, flags, message",
     [
@@ -62,7 +72,9 @@ def test_pattern_accepts_flags_that_say_the_same(flags: dict[str, Any]) -> None:
         ("**-E", {}, "does not describe transformer layers"),
         ("-*E*", {}, "does not describe transformer layers"),
         ("D-*E", {}, "does not describe transformer layers"),
-        ("M-*E", {}, "--hybrid-layer-pattern M-*E has M: Mamba layers are not supported"),
+        ("MG-E", {}, "does not describe transformer layers"),
+        ("MM*E", {}, "does not describe transformer layers"),
+        ("M-*E", {"mamba_layers": [0, 1]}, "in other layers than --mamba-layers [0, 1]"),
         ("*-*E/*-", {}, "must end with a /*E for each depth of multi-token prediction"),
         ("*-*E/", {}, "must end with a /*E for each depth"),
         ("*-*E/*E*E", {}, "must end with a /*E for each depth"),

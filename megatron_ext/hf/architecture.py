@@ -26,7 +26,7 @@ _TRANSLATED = {
     *("num_experts", "router_type", "moe_layer_freq", "moe_ffn_hidden_size"),
     *("experimental_attention_variant", "linear_attention_freq", "linear_num_key_heads"),
     *("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    "linear_conv_kernel_dim",
+    *("linear_conv_kernel_dim", "mamba_layers"),
     *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
     *("et_mean_experts", "et_threshold_estimator", "et_ema_decay", "et_gate"),
     "mtp_num_layers",  # the depths are left out
@@ -251,6 +251,11 @@ _DELTA_SIZES = {
 
 
 def _delta_net_settings(args: Namespace) -> dict[str, Any]:
+    if any(setting_value(args, "mamba_layers")):
+        raise UserError(
+            "The model has Mamba layers, which no supported Hugging Face family has. Only models "
+            "with attention and Gated DeltaNet layers can be converted or aligned."
+        )
     layers = tuple(map(bool, setting_value(args, "linear_attention_freq")))
     if not any(layers):
         return {}

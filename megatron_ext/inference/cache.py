@@ -1,6 +1,6 @@
 """Cache for rows of different lengths, and attention of new tokens to it.
 
-Layers with attention have keys and values in it, Gated DeltaNet layers a state of fixed size.
+Layers with attention have keys and values in it, recurrent layers a state of fixed size.
 
 One forward pass processes some tokens of some rows, concatenated to one sequence `[tokens, 1]`, so
 that rows that begin, rows inside a long prompt and rows that continue run together. Only attention
@@ -61,7 +61,7 @@ class RaggedCache(BaseInferenceContext):
         self._size = (1, min(_FIRST_LENGTH, max_length))
         # Keys (rotated) and values of each layer, `[slots, kv_heads, length, head_dim]`.
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}
-        # States of each Gated DeltaNet layer, `[slots, ...]`.
+        # States of each recurrent layer, `[slots, ...]`.
         self._states: dict[int, tuple[Tensor, ...]] = {}
         # State of the current pass: cosines and sines, and the positions of new keys.
         self._rotation: tuple[Tensor, Tensor] | None = None

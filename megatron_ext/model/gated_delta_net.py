@@ -1,8 +1,7 @@
 """Gated DeltaNet layers (arXiv 2412.06464): Megatron's, also with this project's cache.
 
 A layer keeps a matrix for each head, to which every token adds the part of its value that the
-matrix does not yet return for its key, after a decay. In inference this matrix and the last inputs
-of the convolution take the place of keys and values.
+matrix does not yet return for its key, after a decay.
 """
 
 import copy
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from megatron_ext import patches
 from megatron_ext.devices import is_cpu_device
-from megatron_ext.errors import UserError
-from megatron_ext.inference.cache import RaggedCache
+from megatron_ext.model.recurrent import RecurrentLayer
 
 # Tokens of a chunk in torch. Autograd saves a multiple of its square for each chunk; on a CPU
 # 32 take half the time of the 64 of Megatron.
@@ -27,12 +25,12 @@ _CHUNK = 32
 _COMMON = "megatron.core.ssm.gated_delta_net.common"
 
 
-class CachedGatedDeltaNet(GatedDeltaNet):
+class CachedGatedDeltaNet(RecurrentLayer, GatedDeltaNet):
     """Megatron's layer; in inference, for tokens of many rows at different positions.
 
-    Megatron's has no inference. Its kernels are those of flash-linear-attention; where these cannot
-    run, the layer computes in torch as Megatron does in deterministic mode. The activation is SiLU,
-    as in the paper, whatever that of the MLPs is.
+    Its kernels are those of flash-linear-attention; where these cannot run, the layer computes in
+    torch as Megatron does in deterministic mode. The activation is SiLU, as in the paper, whatever
+    that of the MLPs is.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -43,77 +41,25 @@ class CachedGatedDeltaNet(GatedDeltaNet):
         self.act_fn, self.activation = F.silu, "silu"
         if config.deterministic_mode:
             self.gated_delta_rule = partial(common.torch_chunk_gated_delta_rule, chunk_size=_CHUNK)
+        # As Megatron's Mamba layer: sizes of the blocks of rows, each of which is sharded.
+        blocks = list(self.in_proj_split_sections)
+        self.in_proj.weight.partition_sizes = blocks
+        self.conv1d.weight.partition_sizes = blocks[:3]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; with a `RaggedCache`, `hidden_states` is `[tokens, 1, hidden]`.
+    def _run(self, hidden: Tensor) -> Any:
+        return GatedDeltaNet.forward(self, hidden, None)
 
-        The attention mask is the sample of every token, see `SDPAttention`, or None.
-
-        Raises:
-            UserError: Rows have several samples, and their tokens are on several ranks.
-        """
-        cache = kwargs.get("inference_context")
-        if isinstance(cache, RaggedCache):
-            return self.out_proj(self._infer(hidden_states, cache).unsqueeze(1))
-        samples = kwargs.pop("attention_mask", None) if not args else args[0]
-        if samples is None:
-            return super().forward(hidden_states, None, *args[1:], **kwargs)
-        if self.config.sequence_parallel or self.cp_size > 1:
-            raise UserError(
-                "Several samples per row of a model with Gated DeltaNet layers require tensor and "
-                "context parallel sizes of 1: a layer processes each sample as a row. Use data, "
-                "expert or pipeline parallelism."
-            )
-        # A row for each sample, padded at its end.
-        tokens = hidden_states.transpose(0, 1).flatten(0, 1)  # row by row
-        sample, place = _samples_and_places(samples)
-        shape = (int(place.max()) + 1, int(sample.max()) + 1, hidden_states.shape[-1])
-        apart = tokens.new_zeros(shape).index_put((place, sample), tokens)
-        output, bias = super().forward(apart, None, *args[1:], **kwargs)
-        return output[place, sample].view(*samples.shape, -1).transpose(0, 1), bias
-
-    def _infer(self, hidden: Tensor, cache: RaggedCache) -> Tensor:
-        """Return the input of the output projection, `[tokens, value dimension]`."""
-        assert self.layer_number is not None
-        projected = self.in_proj(hidden)[0].squeeze(1)
+    def _empty_states(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         heads, kernel = self.num_v_heads_local_tp, self.conv_kernel_dim
-        windows, states = cache.recurrent_states(
-            self.layer_number,
+        sizes = (1, heads, self.key_head_dim, self.value_head_dim)
+        return (
             projected.new_zeros(1, self.conv_dim_local_tp, kernel - 1),
-            projected.new_zeros(
-                1, heads, self.key_head_dim, self.value_head_dim, dtype=torch.float32
-            ),
+            projected.new_zeros(sizes, dtype=torch.float32),
         )
-        outputs, first = [], cache.single_tokens
-        if first:
-            rows = cache.single_slots
-            out, windows[rows], states[rows] = self._advance(
-                projected[:first].unsqueeze(1), windows[rows], states[rows]
-            )
-            outputs.append(out)
-        for chunk in cache.long_chunks:
-            last = first + len(chunk.tokens)
-            row = slice(chunk.slot, chunk.slot + 1)
-            out, windows[row], states[row] = self._advance(
-                projected[first:last].unsqueeze(0), windows[row], states[row]
-            )
-            outputs.append(out)
-            first = last
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _advance(
         self, projected: Tensor, window: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Process the next tokens of rows.
-
-        Args:
-            projected: Output of the input projection, `[rows, tokens, dimension]`.
-            window: Last inputs of the convolution, `[rows, channels, kernel - 1]`.
-            state: Matrices of the heads, fp32 `[rows, heads, key size, value size]`.
-
-        Returns:
-            Normalized output `[rows * tokens, heads * value size]`, and the next window and state.
-        """
         rows, tokens, _ = projected.shape
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         gate = gate.reshape(rows, tokens, -1, self.value_head_dim)
@@ -135,22 +81,6 @@ class CachedGatedDeltaNet(GatedDeltaNet):
             )
         normalized = self._apply_gated_norm(output, gate)
         return normalized.reshape(rows * tokens, -1), inputs[..., tokens:], state
-
-
-def _samples_and_places(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of each token's sample among all rows', and its place in the sample.
-
-    Args:
-        samples: int64 `[rows, length]`, numbers that differ between neighboring samples of a row.
-
-    Returns:
-        int64 `[rows * length]` each.
-    """
-    begins = torch.ones_like(samples, dtype=torch.bool)
-    begins[:, 1:] = samples[:, 1:] != samples[:, :-1]
-    sample = begins.flatten().cumsum(0) - 1
-    first = begins.flatten().nonzero().squeeze(1)
-    return sample, torch.arange(len(sample), device=sample.device) - first[sample]
 
 
 def recurrent_step(

@@ -159,6 +159,10 @@ def _gated_delta_net_layers(args: Namespace) -> list[int]:
     return [int(flag) for flag in frequency]
 
 
+def _mamba_layers(args: Namespace) -> list[int]:
+    return [int(flag) for flag in getattr(args, "mamba_layers", None) or [0] * args.num_layers]
+
+
 def _mean_experts(args: Namespace) -> Fraction:
     mean = args.moe_router_topk if args.et_mean_experts is None else args.et_mean_experts
     return Fraction(str(mean))
@@ -175,6 +179,7 @@ _EQUIVALENTS: dict[str, Callable[[Namespace], Any]] = {
     "moe_layer_freq": _layers_with_experts,
     "linear_attention_freq": _gated_delta_net_layers,
     "experimental_attention_variant": lambda args: True,  # implied by linear_attention_freq
+    "mamba_layers": _mamba_layers,
     "moe_ffn_hidden_size": lambda args: args.moe_ffn_hidden_size or args.ffn_hidden_size,
     "moe_shared_expert_intermediate_size": (
         lambda args: args.moe_shared_expert_intermediate_size or None
@@ -190,6 +195,8 @@ def _is_read(args: Namespace, name: str) -> bool:
         return False
     if name.startswith("linear_") and name != "linear_attention_freq":
         return any(_gated_delta_net_layers(args))
+    if name.startswith("mamba_") and name != "mamba_layers":
+        return any(_mamba_layers(args))
     if name.startswith("moe_") or name == "router_type" or name in routing_flags():
         return bool(args.num_experts) and router_type(args.router_type).reads(name)
     if name == "max_position_embeddings":

@@ -6,11 +6,13 @@ rank draws the whole matrix and keeps its shard.
 """
 
 import hashlib
+import math
 import re
 from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from torch import Tensor
 
 from megatron_ext.config import ETConfig
@@ -33,7 +35,9 @@ def initialize_parameters(model: HybridModel, seed: int, vocab_size: int) -> Non
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
-        value = _value(global_parameter_name(model, name), parameter, model, seed, vocab_size)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        name = global_parameter_name(model, name)
+        value = _value(name, parameter, layer, model, seed, vocab_size)
         with torch.no_grad():
             parameter.copy_(value)
 
@@ -66,12 +70,17 @@ def global_parameter_name(model: HybridModel, name: str) -> str:
     )
 
 
-def _value(name: str, parameter: Any, model: HybridModel, seed: int, vocab_size: int) -> Tensor:
+def _value(
+    name: str, parameter: Any, layer: Any, model: HybridModel, seed: int, vocab_size: int
+) -> Tensor:
     config = model.config
-    if name.endswith(("norm.weight", "dt_bias")):
+    if not isinstance(layer, MambaMixer):  # whose biases are drawn
+        if name.endswith("dt_bias"):
+            return torch.ones_like(parameter)
+        if name.endswith("bias"):
+            return torch.zeros_like(parameter)
+    if name.endswith(("norm.weight", ".D")):
         return torch.ones_like(parameter)
-    if name.endswith("bias"):
-        return torch.zeros_like(parameter)
     expert = not getattr(parameter, "allreduce", True)
     group = model.pg_collection.expt_tp if expert else model.pg_collection.tp
     sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
@@ -82,28 +91,33 @@ def _value(name: str, parameter: Any, model: HybridModel, seed: int, vocab_size:
     rows = shape[0]
     if vocabulary:
         shape[0] = min(rows, vocab_size)
-    full = _draw(name, shape, config, seed)
+    # Rows of the blocks that are sharded separately, if there are several.
+    blocks = [size * group.size() for size in getattr(parameter, "partition_sizes", ())]
+    full = _draw(name, shape, blocks, config, seed)
     if vocabulary and rows > shape[0]:
         full = torch.cat([full, full.new_zeros(rows - shape[0], shape[1])])
     if not sharded:
         return full
-    if name.endswith(("in_proj.weight", "conv1d.weight")):  # a part of each block of rows
-        blocks = full.split(list(delta_net_rows(config).values())[: 6 if "in_proj" in name else 3])
-        return torch.cat([block.chunk(group.size())[group.rank()] for block in blocks])
+    if blocks:
+        parts = [block.chunk(group.size())[group.rank()] for block in full.split(blocks)]
+        return torch.cat(parts)
     # A gated fc1 keeps its rank's part of both halves: the stride counts them.
     dim, stride = parameter.partition_dim, getattr(parameter, "partition_stride", 1)
     shards = full.chunk(group.size() * stride, dim=dim)
     return torch.cat(shards[group.rank() :: group.size()], dim=dim)
 
 
-def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
+def _draw(name: str, shape: list[int], blocks: list[int], config: ETConfig, seed: int) -> Tensor:
     """Return the whole tensor of a name in fp32: a matrix `[d_out, d_in]`, except where noted."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if name.endswith("A_log"):  # [heads]; this and the next as Megatron draws them
         return torch.empty(shape).uniform_(1, 16, generator=generator).log()
-    if name.endswith("conv1d.weight"):  # [channels, 1, kernel]
-        bound = shape[-1] ** -0.5
+    if name.endswith("dt_bias"):  # [heads], whose softplus is between 0.001 and 0.1
+        step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1), generator=generator)
+        return step.exp().expm1().log()
+    if "conv1d" in name:  # [channels, 1, kernel], or the bias [channels] of Mamba's kernel of 4
+        bound = (shape[-1] if len(shape) > 1 else 4) ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     d_out, d_in = shape
     residual = name.endswith(("linear_proj.weight", "linear_fc2.weight", "out_proj.weight"))
@@ -121,7 +135,7 @@ def _draw(name: str, shape: list[int], config: ETConfig, seed: int) -> Tensor:
     elif name.endswith("linear_qkv.weight"):
         std = _qkv_std(d_in, config)
     elif name.endswith("in_proj.weight"):
-        std = _delta_net_std(d_in, config)
+        std = _recurrent_std(d_in, blocks)
     elif name.endswith("eh_proj.weight"):
         std = _fan_std(d_out, d_in)
     elif name.endswith("linear_fc1.weight"):
@@ -152,21 +166,14 @@ def _qkv_std(d_in: int, config: ETConfig) -> Tensor:
     return torch.cat([q, kv]).repeat(kv_heads).unsqueeze(1)
 
 
-def delta_net_rows(config: ETConfig) -> dict[str, int]:
-    """Return the blocks of rows of a Gated DeltaNet layer's input projection, in their order.
+def _recurrent_std(d_in: int, blocks: list[int]) -> Tensor:
+    """Return the standard deviation by row, `[d_out, 1]`, of a recurrent layer's input projection.
 
-    The channels of its convolution are the first three.
+    Its first four blocks are of vectors: queries, keys, values and the gate of the output. The
+    others have a row for each head, and are scaled as a router.
     """
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    heads = config.linear_num_value_heads
-    values = heads * config.linear_value_head_dim
-    return {"query": keys, "key": keys, "value": values, "z": values, "beta": heads, "alpha": heads}
-
-
-def _delta_net_std(d_in: int, config: ETConfig) -> Tensor:
-    """Return the standard deviation by row, `[d_out, 1]`: of gates as of a router."""
     stds = [
-        torch.full((rows,), d_in**-0.5 if name in ("beta", "alpha") else _fan_std(rows, d_in))
-        for name, rows in delta_net_rows(config).items()
+        torch.full((rows,), _fan_std(rows, d_in) if index < 4 else d_in**-0.5)
+        for index, rows in enumerate(blocks)
     ]
     return torch.cat(stds).unsqueeze(1)

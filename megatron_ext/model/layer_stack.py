@@ -1,9 +1,10 @@
 """The decoder: Megatron's stack of layers, in which two positions make up a transformer layer.
 
-Megatron's `HybridModel` has an attention layer `*` or a Gated DeltaNet layer `G` at one position
-and an MLP `-` or a layer of experts `E` at the next. Everywhere else layers are transformer layers:
-in flags, metrics and the numbers of modules. Checkpoints have the names that Megatron's `GPTModel`
-gives to tensors, so that a model of either class loads them with their optimizer state.
+Megatron's `HybridModel` has an attention layer `*`, a Gated DeltaNet layer `G` or a Mamba layer `M`
+at one position and an MLP `-` or a layer of experts `E` at the next. Everywhere else layers are
+transformer layers: in flags, metrics and the numbers of modules. Checkpoints have the names that
+Megatron's `GPTModel` gives to tensors, so that a model of either class loads them with their
+optimizer state.
 """
 
 import copy
@@ -25,7 +26,13 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from megatron_ext.config import ETConfig, linear_attention_pattern, moe_layer_pattern
+from megatron_ext.config import (
+    ETConfig,
+    is_hybrid,
+    linear_attention_pattern,
+    mamba_pattern,
+    moe_layer_pattern,
+)
 from megatron_ext.model.norm import RMSNorm
 
 POSITIONS = 2
@@ -50,11 +57,11 @@ def hybrid_layer_pattern(config: ETConfig) -> str:
 
 def layer_symbols(config: ETConfig) -> list[str]:
     """Return the symbols of the two positions of each transformer layer."""
+    linear, mamba = linear_attention_pattern(config), mamba_pattern(config)
     return [
-        (Symbols.GDN if linear else Symbols.ATTENTION) + (Symbols.MOE if moe else Symbols.MLP)
-        for linear, moe in zip(
-            linear_attention_pattern(config), moe_layer_pattern(config), strict=True
-        )
+        (Symbols.GDN if linear else Symbols.MAMBA if mamba else Symbols.ATTENTION)
+        + (Symbols.MOE if moe else Symbols.MLP)
+        for linear, mamba, moe in zip(linear, mamba, moe_layer_pattern(config), strict=True)
     ]
 
 
@@ -73,7 +80,7 @@ def _stage_sizes(config: ETConfig) -> list[int]:
 
 
 class LayerStack(HybridStack):
-    """Stack of the attention, Gated DeltaNet, MLP and expert layers of one pipeline stage."""
+    """Stack of the attention, recurrent, MLP and expert layers of one pipeline stage."""
 
     def __init__(
         self,
@@ -110,6 +117,7 @@ class LayerStack(HybridStack):
         specs = {
             Symbols.ATTENTION: submodules.attention_layer,
             Symbols.GDN: submodules.gdn_layer,
+            Symbols.MAMBA: submodules.mamba_layer,
             Symbols.MLP: submodules.mlp_layer,
             Symbols.MOE: submodules.moe_layer,
         }
@@ -175,7 +183,7 @@ class LayerStack(HybridStack):
         """Return whether identical layers are saved as one tensor, by `TransformerBlock`'s rule."""
         frequency = self.config.moe_layer_freq
         separate = (
-            any(linear_attention_pattern(self.config))
+            is_hybrid(self.config)
             or metadata.get("non_homogeneous_layers", False)
             or metadata.get("singleton_local_shards", False)
             or self.config.hetereogenous_dist_checkpoint

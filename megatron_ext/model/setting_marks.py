@@ -33,7 +33,7 @@ MARKS: dict[str, Mark] = {
         heterogeneous_block_specs hybrid_layer_pattern hybrid_override_pattern
         hybrid_attention_ratio hybrid_mlp_ratio is_hybrid_model mtp_num_layers
         mtp_use_repeated_layer mtp_hybrid_override_pattern mamba_state_dim mamba_head_dim
-        mamba_num_groups mamba_num_heads linear_conv_kernel_dim linear_key_head_dim
+        mamba_num_groups mamba_num_heads mamba_layers linear_conv_kernel_dim linear_key_head_dim
         linear_value_head_dim linear_num_key_heads linear_num_value_heads
         moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size
         """,

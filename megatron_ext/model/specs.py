@@ -10,6 +10,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -19,11 +20,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_ext import patches
-from megatron_ext.config import ETConfig, linear_attention_pattern
+from megatron_ext.config import ETConfig, linear_attention_pattern, mamba_pattern
 from megatron_ext.model.attention import SDPAttention
 from megatron_ext.model.cached_layer import AttentionLayer, CachedSelfAttention, FeedForwardLayer
 from megatron_ext.model.gated_delta_net import CachedGatedDeltaNet
 from megatron_ext.model.layer_stack import LayerStack
+from megatron_ext.model.mamba import CachedMambaMixer
 from megatron_ext.model.multi_token_prediction import prediction_spec
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.moe.layer import VariableFanOutMoELayer
@@ -40,7 +42,10 @@ def layer_stack_spec(config: ETConfig) -> ModuleSpec:
     )
     if any(linear_attention_pattern(config)):
         patches.apply("gated delta net")
-        submodules.gdn_layer = _gated_delta_net(backend)
+        submodules.gdn_layer = _recurrent(_gated_delta_net(backend))
+    if any(mamba_pattern(config)):
+        patches.apply("mamba")
+        submodules.mamba_layer = _recurrent(_mamba(backend))
     if config.num_moe_experts is not None:
         submodules.moe_layer = _feed_forward(_experts(config, backend))
     if config.mtp_num_layers:
@@ -71,20 +76,31 @@ def _attention(config: ETConfig, backend: BackendSpecProvider, use_te: bool) -> 
     )
 
 
-def _gated_delta_net(backend: BackendSpecProvider) -> ModuleSpec:
+def _recurrent(layer: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=AttentionLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=CachedGatedDeltaNet,
-                submodules=GatedDeltaNetSubmodules(
-                    in_proj=backend.column_parallel_linear(),
-                    out_norm=RMSNorm,
-                    out_proj=backend.row_parallel_linear(),
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
+            input_layernorm=RMSNorm, self_attention=layer, self_attn_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _gated_delta_net(backend: BackendSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=CachedGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=backend.column_parallel_linear(),
+            out_norm=RMSNorm,
+            out_proj=backend.row_parallel_linear(),
+        ),
+    )
+
+
+def _mamba(backend: BackendSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=CachedMambaMixer,
+        submodules=MambaMixerSubmodules(
+            in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
         ),
     )
 

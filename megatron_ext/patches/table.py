@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Group = Literal[
-    "cpu device", "megatron", "gated delta net", "optimizer", "matrix gradients", "checkpoints",
-    "trainer", "schedule", "fake rank", "dry run", "dry-run traffic", "micro-batches",
+    "cpu device", "megatron", "gated delta net", "mamba", "optimizer", "matrix gradients",
+    "checkpoints", "trainer", "schedule", "fake rank", "dry run", "dry-run traffic",
+    "micro-batches",
 ]  # fmt: skip
 
 GROUPS: dict[Group, str] = {
     "cpu device": "Applied by `megatron_ext.devices.activate` on a machine without CUDA.",
     "megatron": "Applied by `megatron_ext.devices.activate` on every device.",
     "gated delta net": "Applied before a model with Gated DeltaNet layers is built.",
+    "mamba": "Applied before a model with Mamba layers is built, where their kernels cannot run.",
     "optimizer": "Applied before an optimizer is built: by training and by the dry run.",
     "matrix gradients": "Applied while a model is wrapped for Muon's distributed optimizer.",
     "checkpoints": "Applied before a checkpoint is loaded or saved by training.",
@@ -221,6 +223,16 @@ _EVERYWHERE = (
         reason="The layer requires flash-linear-attention, and normalizes keys by its Triton "
         "kernel, in deterministic mode too.",
         removable="When the layer runs without that package in deterministic mode.",
+    ),
+    Patch(
+        group="mamba",
+        targets=_in(
+            "megatron.core.ssm.mamba_mixer",
+            "HAVE_MAMBA_SSM ExtendedRMSNorm mamba_split_conv1d_scan_combined",
+        ),
+        source="megatron_ext.model.mamba:replacements",
+        reason="The layer requires the Triton kernels of mamba-ssm.",
+        removable="When the layer has an implementation in torch.",
     ),
 )
 

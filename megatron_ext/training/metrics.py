@@ -17,8 +17,8 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training import get_args, global_vars, is_last_rank
-from megatron.training.training import num_floating_point_operations
 
+from megatron_ext.flops import training_flops
 from megatron_ext.trackers import Trackers
 from megatron_ext.training.layer_summary import load_picture, summarize_layers
 from megatron_ext.training.run_console import RunConsole
@@ -202,7 +202,7 @@ class MetricLog:
             sequences: Sequences of the step on all ranks.
         """
         args = get_args()
-        flops = num_floating_point_operations(args, sequences)
+        flops = training_flops(args, sequences)
         per_device = flops / self._seconds / args.world_size
         return {
             "seconds": self._seconds,

@@ -1,4 +1,4 @@
-"""Tests of Gated DeltaNet layers in a model: samples of a row, and sizes that are refused."""
+"""Tests of recurrent layers in a model: samples of a row, and sizes that are refused."""
 
 import pytest
 import torch
@@ -6,15 +6,15 @@ import torch
 from megatron_ext.errors import UserError
 from tests import megatron
 from tests.distributed import run_ranks
-from tests.megatron import DELTA_NET
+from tests.megatron import DELTA_NET, MAMBA
 
 LINEAR = ("--experimental-attention-variant", "gated_delta_net", *DELTA_NET)
 HYBRID = ("--hybrid-layer-pattern", "G-GE", *DELTA_NET, "--init-method-std", "0.3")
 
 
-def packed_and_alone() -> None:
+def packed_and_alone(*flags: str) -> None:
     """On a rank: samples of a row have the logits and the gradients that they have alone."""
-    _, _, [model] = megatron.start(*HYBRID)
+    _, _, [model] = megatron.start(*flags)
     for _ in range(2):
         model.decoder.layers[-1].mlp.router.thresholds.update(torch.tensor([0.5, 0.0, -0.5, 1.0]))
     model.eval()  # thresholds treat each token alone
@@ -48,12 +48,13 @@ def packed_and_alone() -> None:
         assert (run(tokens, None)[0, 5:25] - results[0][1]).abs().max() > 1e-3
 
 
-def test_samples_of_a_row_do_not_mix() -> None:
-    run_ranks(packed_and_alone, 1)
+@pytest.mark.parametrize("pattern", ["G-GE", "M-ME", "M-GE"])
+def test_samples_of_a_row_do_not_mix(pattern: str) -> None:
+    run_ranks(packed_and_alone, 1, *HYBRID, *MAMBA, "--hybrid-layer-pattern", pattern)
 
 
-def refusals(cases: list[tuple[str, ...]]) -> list[str]:
-    """Return, on a rank, the sentences that refuse flags."""
+def refusals(base: tuple[str, ...], cases: list[tuple[str, ...]]) -> list[str]:
+    """Return, on a rank, the sentences that refuse flags next to those of a model."""
     from megatron_ext.devices import activate
 
     activate()
@@ -65,8 +66,7 @@ def refusals(cases: list[tuple[str, ...]]) -> list[str]:
     for flags in cases:
         unset_global_variables()
         try:
-            base = () if "gated_delta_net" in flags else HYBRID
-            words = [*megatron.TINY, *base, *flags]
+            words = [*megatron.TINY, *(() if "gated_delta_net" in flags else base), *flags]
             parse_args(words, writes=False, world_size=4)
         except UserError as error:
             messages.append(str(error))
@@ -96,6 +96,6 @@ REFUSED = {
 
 @pytest.mark.slow
 def test_sizes_and_layouts_that_do_not_fit_are_refused() -> None:
-    [messages] = run_ranks(refusals, 1, list(REFUSED))
+    [messages] = run_ranks(refusals, 1, HYBRID, list(REFUSED))
     for message, expected in zip(messages, REFUSED.values(), strict=True):
         assert expected in message

@@ -16,7 +16,7 @@ from megatron_ext.model.setting_marks import MARKS
 from megatron_ext.moe.registry import ROUTERS
 from tests import megatron
 from tests.distributed import run_ranks
-from tests.megatron import DELTA_NET, TINY
+from tests.megatron import DELTA_NET, MAMBA, TINY
 
 ROTATED = ("--use-rope-scaling",)
 TOP_K = ("--router-type", "token-choice", "--moe-router-topk", "2")
@@ -26,6 +26,7 @@ LINEAR = (
     *("--experimental-attention-variant", "gated_delta_net", "--linear-attention-freq", "2"),
     *DELTA_NET,
 )
+MAMBA_FIRST = ("--mamba-layers", "1", "0", *MAMBA)
 GROUPED = ("--group-query-attention", "--num-query-groups", "2")
 
 
@@ -51,6 +52,9 @@ OTHER_MODELS: list[tuple[Flags, Flags, str]] = [
     ((), LINEAR, "linear_attention_freq"),
     (LINEAR, ("--linear-attention-freq", "[0,1]"), "linear_attention_freq"),
     (LINEAR, ("--linear-conv-kernel-dim", "2"), "linear_conv_kernel_dim"),
+    ((), MAMBA_FIRST, "mamba_layers"),
+    (MAMBA_FIRST, ("--mamba-layers", "0", "1"), "mamba_layers"),
+    (MAMBA_FIRST, ("--mamba-state-dim", "4"), "mamba_state_dim"),
     ((), ("--group-query-attention", "--num-query-groups", "1"), "num_query_groups"),
     ((), ("--moe-layer-freq", "[1,0]"), "moe_layer_freq"),
     ((), ("--moe-shared-expert-gate",), "moe_shared_expert_gate"),
@@ -87,6 +91,7 @@ SAME_MODELS: list[tuple[Flags, Flags]] = [
     ((), ("--group-query-attention", "--num-query-groups", "2")),
     ((), ("--linear-num-key-heads", "2")),
     (LINEAR, ("--linear-attention-freq", "[1,0]")),
+    ((), ("--mamba-layers", "0", "0", "--mamba-state-dim", "4")),
     (TOP_K, ("--et-gate", "relu", "--et-ema-decay", "0.9")),
     (TOP_K, ("--moe-layer-freq", "[0]+[1]")),
 ]
@@ -205,6 +210,9 @@ def test_check_same_schedule_refuses_another_training(
     assert f"with {name} = " in of_training and "--override-opt-param-scheduler" in of_training
 
 
+SOME = (GROUPED + ROTATED, TOP_K, LINEAR)
+
+
 def changed(value: Any) -> Any:
     if isinstance(value, str) and value in ROUTERS:  # another one, since any other name is refused
         return "quantile-balancing"
@@ -219,7 +227,7 @@ def changed(value: Any) -> Any:
 
 def marks_by_comparison() -> dict[str, set[str]]:
     """Return, on a rank, the marks by which a change of each argument is a difference."""
-    bases = [arguments(*flags) for flags in (GROUPED + ROTATED, TOP_K, ABSOLUTE, YARN, LINEAR)]
+    bases = [arguments(*flags) for flags in (*SOME, ABSOLUTE, YARN, MAMBA_FIRST)]
     # Each router reads other flags.
     bases += [Namespace(**{**vars(bases[0]), "router_type": name}) for name in ROUTERS]
     marks_by_name: dict[str, set[str]] = {name: set() for name in MARKS if hasattr(bases[0], name)}
@@ -255,7 +263,7 @@ def what_conversion_and_inference_change() -> tuple[list[str], list[str]]:
     from megatron_ext.inference.loading import ParallelLayout, for_inference
 
     lost, overridden = [], []
-    for base in (arguments(*GROUPED, *ROTATED), arguments(*TOP_K), arguments(*LINEAR)):
+    for base in (arguments(*flags) for flags in SOME):
         architecture = from_args(base)
         # Exported models leave the depths of multi-token prediction out.
         for name in (MARKS.keys() & vars(base).keys()) - {"mtp_num_layers"}:

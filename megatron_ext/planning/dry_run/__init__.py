@@ -10,10 +10,11 @@ from copy import copy
 from dataclasses import asdict
 from typing import Any
 
-from megatron.training.training import destroy_global_state, num_floating_point_operations
+from megatron.training.training import destroy_global_state
 
 from megatron_ext.config import ETConfig
 from megatron_ext.errors import LimitExceeded
+from megatron_ext.flops import training_flops
 from megatron_ext.planning.devices import Device
 from megatron_ext.planning.dry_run.device_fit import (
     advice,
@@ -199,4 +200,4 @@ def _megatron_flops(args: Namespace, config: ETConfig) -> float:
     args = copy(args)
     if config.num_moe_experts is not None and config.uses_thresholds:
         args.moe_router_topk = float(config.mean_experts)
-    return num_floating_point_operations(args, 1) / args.seq_length
+    return training_flops(args, 1) / args.seq_length
