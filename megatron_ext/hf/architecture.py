@@ -194,6 +194,11 @@ def from_args(args: Namespace) -> Architecture:
     Raises:
         UserError: The run used an option that no supported family has.
     """
+    if any(setting_value(args, "mamba_layers")):
+        raise UserError(
+            "The model has Mamba layers, which no supported Hugging Face family has. Only models "
+            "with attention and Gated DeltaNet layers can be converted or aligned."
+        )
     experts = args.num_experts or 0
     router = _router(args.router_type) if experts else None
     fixed = {name: default_value(name) for name in read_settings(args) if name not in _TRANSLATED}
@@ -251,11 +256,6 @@ _DELTA_SIZES = {
 
 
 def _delta_net_settings(args: Namespace) -> dict[str, Any]:
-    if any(setting_value(args, "mamba_layers")):
-        raise UserError(
-            "The model has Mamba layers, which no supported Hugging Face family has. Only models "
-            "with attention and Gated DeltaNet layers can be converted or aligned."
-        )
     layers = tuple(map(bool, setting_value(args, "linear_attention_freq")))
     if not any(layers):
         return {}

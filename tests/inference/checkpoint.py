@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import pretraining
-from tests.megatron import DELTA_NET
+from tests.megatron import DELTA_NET, MAMBA
 from tools import train_tokenizer
 
 MAX_LENGTH = 64
@@ -25,6 +25,7 @@ MODEL = [
     *("--hidden-dropout", "0", "--attention-dropout", "0"),
 ]
 HYBRID = ("--hybrid-layer-pattern", "G-GE*-GE", *DELTA_NET, "--et-norm-scale")
+MAMBA_HYBRID = ("--hybrid-layer-pattern", "M-ME*-GE", *DELTA_NET, *MAMBA)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +40,14 @@ def hybrid_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "hybrid"
     folder.mkdir(exist_ok=True)
     return train(folder, *HYBRID)
+
+
+@pytest.fixture(scope="session")
+def mamba_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run directory of a model with Mamba layers; see `run_dir`."""
+    folder = tmp_path_factory.getbasetemp() / "mamba"
+    folder.mkdir(exist_ok=True)
+    return train(folder, *MAMBA_HYBRID)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Tests of generation by a model with Gated DeltaNet layers, against full forward passes."""
+"""Tests of generation by models with recurrent layers, against full forward passes."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests import megatron
 from tests.closeness import rounding
 from tests.distributed import run_ranks
-from tests.inference.checkpoint import MAX_LENGTH, hybrid_run_dir  # noqa: F401
+from tests.inference.checkpoint import MAX_LENGTH, hybrid_run_dir, mamba_run_dir  # noqa: F401
 from tests.inference.test_generation import (
     GREEDY,
     PROMPTS,
@@ -16,6 +17,7 @@ from tests.inference.test_generation import (
     logits_with_cache_and_in_full,
     plain,
 )
+from tests.megatron import MAMBA
 
 # One row begins, ends or moves to another slot while others run; a prompt may have one token.
 RAGGED = [list(range(9, 9 + MAX_LENGTH - 3)), PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3]]
@@ -46,9 +48,11 @@ def on_one_rank(path: Any) -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="module")
-def one_rank(hybrid_run_dir: Any) -> SimpleNamespace:  # noqa: F811
-    [facts] = run_ranks(on_one_rank, 1, hybrid_run_dir, timeout=240)
+@pytest.fixture(scope="module", params=["hybrid_run_dir", "mamba_run_dir"])
+def one_rank(request: pytest.FixtureRequest) -> SimpleNamespace:
+    run_dir = request.getfixturevalue(request.param)
+    [facts] = run_ranks(on_one_rank, 1, run_dir, timeout=240)
+    facts.run_dir = run_dir
     return facts
 
 
@@ -82,12 +86,36 @@ def on_two_ranks(path: Any, sizes: dict[str, int]) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"pipeline": 2}], ids=str)
 def test_hybrid_generation_on_two_ranks_equals_one_rank(
-    hybrid_run_dir: Any,  # noqa: F811
-    one_rank: SimpleNamespace,
-    sizes: dict[str, int],
+    one_rank: SimpleNamespace, sizes: dict[str, int]
 ) -> None:
-    for completions in run_ranks(on_two_ranks, 2, hybrid_run_dir, sizes):
+    for completions in run_ranks(on_two_ranks, 2, one_rank.run_dir, sizes):
         check_tokens(completions, one_rank.step_by_step)
+
+
+def mamba_layer_in_parts() -> None:
+    """On a rank: a row that continues its state has the outputs of one pass over all tokens."""
+    _, _, [model] = megatron.start("--hybrid-layer-pattern", "M-ME", *MAMBA)
+    mixer = model.decoder.layers[0].self_attention
+    random = torch.Generator().manual_seed(0)
+    tokens = 150  # two chunks of 64 and a part
+    projected = torch.randn(2, tokens, mixer.in_proj.weight.shape[0], generator=random)
+    with torch.no_grad():
+        empty = [part.repeat(2, *[1] * (part.dim() - 1)) for part in mixer._empty_states(projected)]
+        whole, *last = mixer._advance(projected, *empty)
+        for sizes in ([1] * tokens, [1, 100, 2, 47]):
+            parts, states = [], empty
+            for part in projected.split(sizes, dim=1):
+                output, *states = mixer._advance(part, *states)
+                parts.append(output.view(2, part.shape[1], -1))
+            together = torch.cat(parts, dim=1).flatten(0, 1)
+            close = rounding(whole, 1e-5)
+            torch.testing.assert_close(together, whole, atol=close, rtol=0)
+            for ours, expected in zip(states, last, strict=True):
+                torch.testing.assert_close(ours, expected, atol=close, rtol=0)
+
+
+def test_mamba_layer_continues_its_state() -> None:
+    run_ranks(mamba_layer_in_parts, 1)
 
 
 def rule_against_its_definition() -> None:

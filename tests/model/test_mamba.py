@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from tests import megatron
 from tests.closeness import rounding
 from tests.distributed import run_ranks
@@ -77,6 +78,22 @@ def layer_and_its_definition() -> None:
 
 def test_layer_equals_its_recurrence() -> None:
     run_ranks(layer_and_its_definition, 1)
+
+
+def refusal_of_conversion() -> str:
+    from megatron_ext.hf.architecture import from_args
+
+    args, *_ = megatron.start(*HYBRID)
+    try:
+        from_args(args)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_mamba_model_is_not_converted() -> None:
+    [message] = run_ranks(refusal_of_conversion, 1)
+    assert message.startswith("The model has Mamba layers, which no supported Hugging Face family")
 
 
 HYBRID = ("--hybrid-layer-pattern", "M-ME", *MAMBA)
