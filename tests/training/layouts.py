@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import run_ranks
-from tests.megatron import DELTA_NET, TINY
+from tests.megatron import DELTA_NET, MAMBA, TINY
 
 STEPS, WARMUP = 20, 8
 MODEL = [
@@ -113,6 +113,14 @@ KINDS = {
         1e-5,
         1e-4,
     ),
+    "mamba": Kind(
+        "Mamba-2",
+        "The same comparison for Mamba-2 in place of Gated DeltaNet.",
+        (*("--hybrid-layer-pattern", "M-*EME*E", *MAMBA),
+         *("--init-method-std", "0.1", "--lr", "3e-3")),
+        1e-5,
+        1e-4,
+    ),
     "depths": Kind(
         "Multi-token prediction",
         "The comparison in fp32 for a model that also predicts "
@@ -164,14 +172,16 @@ LAYOUTS = [
     Layout("DP 2", 2, 2, kind="bf16"),
     Layout("TP 2, EP 2, distributed optimizer", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED),
            kind="bf16"),
-    Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), "hybrid"),
-    Layout("EP 2", 2, 2, EP2, "hybrid"),
-    Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), "hybrid"),
-    Layout("CP 2", 2, 1, CP2, "hybrid"),
-    Layout("CP 2, TP 2, EP 2", 4, 1, (*CP2, *TP2, *EP2), "hybrid"),
-    Layout("PP 2", 2, 1, PP2, "hybrid"),
-    Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED), "hybrid"),
-    Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1"), "hybrid"),
+    *(layout for kind in ("hybrid", "mamba") for layout in (
+        Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), kind),
+        Layout("EP 2", 2, 2, EP2, kind),
+        Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), kind),
+        Layout("CP 2", 2, 1, CP2, kind),
+        Layout("CP 2, TP 2, EP 2", 4, 1, (*CP2, *TP2, *EP2), kind),
+        Layout("PP 2", 2, 1, PP2, kind),
+        Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED), kind),
+        Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1"), kind),
+    )),
     Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), "depths"),
     Layout("EP 2", 2, 2, EP2, "depths"),
     Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), "depths"),

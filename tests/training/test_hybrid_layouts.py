@@ -1,4 +1,4 @@
-"""Tests that a model with Gated DeltaNet layers learns, and resumes on every layout.
+"""Tests that models with recurrent layers learn, and resume on every layout.
 
 `test_layouts.py` compares its layouts with one rank.
 """
@@ -35,11 +35,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.slow
-def test_hybrid_model_learns_and_depends_on_its_gated_delta_net_layers(trained: Trained) -> None:
-    _, rows = trained(ALONE, "")
+@pytest.mark.parametrize(
+    "kind, flags", [("hybrid", "--linear-conv-kernel-dim 2"), ("mamba", "--mamba-num-groups 4")]
+)
+def test_hybrid_model_learns_and_depends_on_its_recurrent_layers(
+    kind: str, flags: str, trained: Trained
+) -> None:
+    _, rows = trained(ONE_RANK[kind], "")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
-    _, other = trained(ALONE, "--linear-conv-kernel-dim 2")
+    _, other = trained(ONE_RANK[kind], flags)
     assert difference(other, rows).loss > 1e-3
 
 
@@ -58,19 +63,20 @@ def test_norm_scales_of_a_hybrid_model_train_as_on_one_rank(
 @pytest.mark.parametrize(
     "source, target",
     [
-        (ALONE, LAYOUTS["TP 2, EP 2"]),
-        (LAYOUTS["TP 2, EP 2"], LAYOUTS["PP 2"]),
-        (LAYOUTS["PP 2"], LAYOUTS["CP 2"]),
-        (LAYOUTS["CP 2, TP 2, EP 2"], ALONE),
+        ("one rank", "TP 2, EP 2"),
+        ("TP 2, EP 2", "PP 2"),
+        ("PP 2", "CP 2"),
+        ("CP 2, TP 2, EP 2", "one rank"),
     ],
-    ids=lambda layout: layout.name,
 )
+@pytest.mark.parametrize("kind", ["hybrid", "mamba"])
 def test_hybrid_model_resumes_on_another_layout(
-    source: Layout, target: Layout, trained: Trained, tmp_path: Path
+    kind: str, source: str, target: str, trained: Trained, tmp_path: Path
 ) -> None:
-    _, undisturbed = trained(ALONE, "")
-    folder, _ = trained(source, "")
+    layouts = layouts_of(kind) | {"one rank": ONE_RANK[kind]}
+    _, undisturbed = trained(ONE_RANK[kind], "")
+    folder, _ = trained(layouts[source], "")
     load = ("--load", str(folder / "checkpoints"), "--ckpt-step", str(SAVED))
-    rows = train(tmp_path, target, *load, "--exit-interval", str(SAVED + 4))
+    rows = train(tmp_path, layouts[target], *load, "--exit-interval", str(SAVED + 4))
     result = difference(rows, undisturbed[SAVED : SAVED + 4])
-    assert holds(result, target), result
+    assert holds(result, layouts[target]), result
