@@ -80,6 +80,28 @@ def test_layer_equals_its_recurrence() -> None:
     run_ranks(layer_and_its_definition, 1)
 
 
+def flops_and_products() -> tuple[float, float]:
+    """Return, on a rank, the FLOPs of a sequence, and those of its products with parameters."""
+    from megatron_ext.flops import training_flops
+
+    # As many channels as Megatron's formula assumes: twice the hidden size.
+    args, _, [model] = megatron.start(
+        "--hybrid-layer-pattern", "M-ME", *MAMBA, "--mamba-head-dim", "8"
+    )
+    products = sum(
+        p.numel() / (4 if "local_experts" in name else 1)  # one of four experts
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and not name.startswith("embedding") and "router" not in name
+    )
+    return training_flops(args, 1), 6 * 32 * products
+
+
+def test_flops_are_those_of_the_products_and_of_the_scan() -> None:
+    [(flops, products)] = run_ranks(flops_and_products, 1)
+    scan = 3 * 2 * 7 * 32 * 64 * 6  # of two layers, by Megatron's estimate
+    assert flops == pytest.approx(products + scan, rel=1e-3)
+
+
 def refusal_of_conversion() -> str:
     from megatron_ext.hf.architecture import from_args
 

@@ -74,8 +74,22 @@ _OPERATIONS = {
 
 
 _aten = torch.ops.aten
+
+
+def _convolution_backward(
+    gradient: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, *rest: Any, **_: Any
+) -> int:
+    """Return the FLOPs of the gradients of a convolution's inputs and weight.
+
+    torch's formula counts each channel of a convolution in groups as if it met all others.
+    """
+    computed: list[bool] = rest[-1]
+    return 2 * gradient.numel() * weight[0].numel() * sum(computed[:2])
+
+
 _FLOPS = {
     **flop_registry,  # lacks the CPU's names of two kernels
+    _aten.convolution_backward: _convolution_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _aten._scaled_dot_product_flash_attention
     ],
