@@ -70,10 +70,11 @@ def write_table(
         for row in results.values()
         if all(seed["compute"] for seed in row["seeds"].values())
     }
-    parts = [table, _NOTE]
+    smallest = smallest_difference([row["seeds"] for row in results.values()])
+    parts = [table, _NOTE if smallest is None else f"{_NOTE} {_SMALLEST.format(smallest)}"]
     if computed:
         parts += ["\n".join(compute_table(computed)), NOTE]
-    contents = {"settings": settings, "rows": results}
+    contents = {"settings": settings, "rows": results, "smallest_difference": smallest}
     _write(output / "results.json", json.dumps(contents, indent=1) + "\n")
     _write(output / "table.md", "\n\n".join(parts) + "\n")
     return table
@@ -87,6 +88,37 @@ _NOTE = (
     "expert's tokens over the mean, in the last tenth of the steps: mean of the layers, and the "
     "worst layer."
 )
+
+
+_SMALLEST = (
+    "With the variance between seeds pooled over the rows that have all seeds, two of these rows "
+    "differ with 95 % confidence if their means differ by {:.4f} or more."
+)
+
+
+def smallest_difference(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return half the width of the 95 % interval of a difference of two rows' mean losses.
+
+    The variance is that of the losses about the sum of a row's mean and a seed's mean, pooled over
+    all rows that have every seed, where the interval of a single pair has few degrees of freedom.
+
+    Args:
+        rows: Figures of each row by seed.
+
+    Returns:
+        Difference in nats per token; None for a single row or seed.
+    """
+    seeds = {seed for row in rows for seed in row}
+    losses = np.array(
+        [[row[seed]["loss"] for seed in seeds] for row in rows if seeds == row.keys()]
+    )
+    if min(losses.shape, default=0) < 2 or losses.ndim < 2:
+        return None
+    count, of_each = losses.shape
+    residuals = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    freedom = (count - 1) * (of_each - 1)
+    deviation = ((residuals**2).sum() / freedom * 2 / of_each) ** 0.5
+    return float(deviation * stats.t.ppf(0.975, freedom))
 
 
 def _figures(run: ComparedRun, folder: Path) -> dict[str, Any]:

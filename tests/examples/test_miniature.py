@@ -8,10 +8,12 @@ import subprocess
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from examples.miniature.rows import ROWS
-from examples.miniature.table import write_table
+from examples.miniature.table import smallest_difference, write_table
 from examples.quickstart.prepare_text import clean_news, news
 from megatron_ext.errors import UserError
 from tests.distributed import ROOT
@@ -65,6 +67,29 @@ def test_table_of_one_seed_has_no_spread(tmp_path: Path) -> None:
     table = write_table(tmp_path, [ROWS[name] for name in LOSSES], [1], SETTINGS)
     assert "±" not in table
     assert "| -0.1000 |" in table
+
+
+def test_smallest_difference_is_that_of_a_two_way_layout() -> None:
+    rows = [dict(zip("abc", ({"loss": loss} for loss in row))) for row in LOSSES.values()]
+    # For two rows it is the interval of their paired differences.
+    difference = np.subtract(LOSSES["dense"], LOSSES["tc-aux"])
+    interval = stats.ttest_1samp(difference, 0.0).confidence_interval()
+    half_width = (interval.high - interval.low) / 2
+    assert smallest_difference(rows[:2]) == pytest.approx(half_width)
+    # For three it follows from the residuals of a linear model with a constant per row and seed.
+    design = np.array(
+        [[*np.eye(3)[row], *np.eye(3)[seed]] for row in range(3) for seed in range(3)]
+    )
+    losses = np.array(list(LOSSES.values())).flatten()
+    residuals = losses - design @ np.linalg.lstsq(design, losses)[0]
+    error = (residuals @ residuals / 4 * 2 / 3) ** 0.5
+    expected = error * 2.776445  # of the t distribution with 4 degrees of freedom
+    assert smallest_difference(rows) == pytest.approx(expected)
+    # A row without all seeds does not count.
+    assert smallest_difference([*rows, {"a": {"loss": 9.0}}]) == pytest.approx(expected)
+    assert smallest_difference(rows[:1]) is None
+    assert smallest_difference([{"a": row["a"]} for row in rows]) is None
+    assert smallest_difference([]) is None
 
 
 def test_results_of_other_machines_belong_to_the_table(tmp_path: Path) -> None:
