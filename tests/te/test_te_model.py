@@ -32,6 +32,11 @@ BASELINES = {
     "grouped, fp8": "torch, bf16",
 }
 NAMES = [f"{layout.name}, {layout.kind}, {layout.pool}" for layout in LAYOUTS] + ["Muon"]
+CONVERTED = [
+    number
+    for number in range(len(NAMES))
+    if number == len(LAYOUTS) or LAYOUTS[number].kind != "mamba"
+]
 Rows = dict[tuple[int, str], list[dict[str, Any]]]
 DRY = ("--dry-run", "8", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "2")
 
@@ -75,11 +80,12 @@ def test_ranks_build_what_they_build_in_torch(rows: Rows, number: int, implement
 
 
 @pytest.mark.parametrize("implementation", BASELINES)
-@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+@pytest.mark.parametrize("number", CONVERTED, ids=[NAMES[number] for number in CONVERTED])
 def test_conversion_finds_every_tensor(rows: Rows, number: int, implementation: str) -> None:
     ranks = rows[number, implementation]
     saved = {place.split(" ")[0] for rank in ranks for place in rank["live"]}
-    assert saved == set(ranks[0]["converted"])
+    # A converted model has no depths of multi-token prediction.
+    assert {key for key in saved if not key.startswith("mtp.")} == set(ranks[0]["converted"])
 
 
 @pytest.mark.parametrize("implementation", BASELINES)
