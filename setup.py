@@ -55,7 +55,7 @@ setup(
         "pyyaml>=6.0.1",
         # text and models
         "sentencepiece>=0.2,<0.3",
-        "transformers>=5.17,<6",
+        "transformers>=5.18,<6",
         "huggingface_hub>=1",  # whose errors transformers raises
         "tokenizers>=0.22",
         "safetensors>=0.5,<1",
@@ -84,10 +84,10 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
         # The versions that megatron_ext/vllm has been tested with; install without constraints.txt.
         "vllm": ["vllm>=0.32,<0.33"],
-        "evaluation": ["lm-eval>=0.4.9,<0.5"],
+        "evaluation": ["lm-eval>=0.4.12,<0.5"],
         "gguf": ["gguf>=0.17"],
         "wandb": ["wandb>=0.19"],
-        "mlflow": ["mlflow>=3"],
+        "mlflow": ["mlflow>=3.3"],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
         "dev": [
             "accelerate>=1.10",  # lm-eval's own model on transformers, to compare with
@@ -96,8 +96,8 @@ setup(
             "gguf>=0.17",
             "hypothesis>=6.100",
             "krippendorff>=0.8",
-            "lm-eval>=0.4.9,<0.5",
-            "mlflow-skinny>=3",  # the client of mlflow, without its server
+            "lm-eval>=0.4.12,<0.5",
+            "mlflow-skinny>=3.3",  # the client of mlflow, without its server
             "mypy>=2.0,<3",
             "openai>=2",
             "pytest>=9,<10",

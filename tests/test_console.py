@@ -158,7 +158,8 @@ def test_a_terminal_shows_rewritten_and_colored_lines(tmp_path: Path) -> None:
     os.close(leader)
     # The size of the terminal is unknown to a pty until it is set: lines may be cut.
     assert output.count(b"\r\x1b[K") == 2
-    assert re.search(rb"\x1b\[1;31mALARM \[x\]\x1b\[0m\r\n$", output)
+    # Older versions of rich style the end of the line, too.
+    assert re.search(rb"\x1b\[1;31mALARM \[x\]\x1b\[0m(\x1b\[1;31m)?\r\n(\x1b\[0m)?$", output)
 
 
 def test_remaining_time_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:

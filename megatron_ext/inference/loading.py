@@ -34,6 +34,7 @@ from megatron_ext.inference.plain_linear import simplify_linear_layers
 from megatron_ext.model.language_model import language_model_config
 from megatron_ext.model_location import locate_model
 from megatron_ext.moe.thresholds import FILTER
+from megatron_ext.quiet import quiet_libraries
 
 # Temporary folders with tokenizers of Hugging Face folders, which exist until the process ends.
 _TOKENIZERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -278,10 +279,11 @@ def _start_ranks(args: Namespace) -> None:
     if not dist.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "gloo" if is_cpu_device() else "nccl"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        with quiet_libraries():
+            if "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     sizes = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size,
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size,
@@ -289,7 +291,10 @@ def _start_ranks(args: Namespace) -> None:
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size,
     }
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(**{name: getattr(args, name) for name in sizes})
+        with quiet_libraries():
+            parallel_state.initialize_model_parallel(
+                **{name: getattr(args, name) for name in sizes}
+            )
     for name, present in sizes.items():
         if present() != getattr(args, name):
             raise UserError(

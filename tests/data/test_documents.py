@@ -165,8 +165,12 @@ def test_documents_of_damaged_files_are_refused_by_name(name, content, tmp_path)
     ids=str,
 )
 def test_every_kind_of_text_column_is_read(kind, tmp_path):
-    column = pyarrow.array([*TEXTS, None, TEXTS[0]], pyarrow.string()).cast(kind)
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.Parquet")
+    column = pyarrow.array([*TEXTS, None, TEXTS[0]], pyarrow.string())
+    try:
+        table = pyarrow.table({"text": column.cast(kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "a.Parquet")
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip(f"pyarrow {pyarrow.__version__} writes no columns of {kind}")
     *documents, null, last = read_all(tmp_path / "a.Parquet")
     assert (
         documents == TEXTS

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.distributed import run_ranks
 
@@ -67,5 +68,6 @@ def test_conversion_memory_is_bounded_by_the_largest_tensor(tmp_path):
     [(total, into_megatron, into_hf)] = run_ranks(both_ways, 1, tmp_path)
     assert total > 5 * LARGEST
     slack = 4e6  # of the allocator, and of Python's own
-    assert into_megatron < 1.3 * LARGEST + slack
+    copies = 1.3 if Version(torch.__version__) >= Version("2.13") else 2.3  # of the older writer
+    assert into_megatron < copies * LARGEST + slack
     assert into_hf < 1.3 * LARGEST + slack

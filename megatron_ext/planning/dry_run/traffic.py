@@ -87,15 +87,25 @@ def _convolution_backward(
     return 2 * gradient.numel() * weight[0].numel() * sum(computed[:2])
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of two products: scores, and their sums of values."""
+    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    """Return the FLOPs of five products: scores again, and the gradients of four tensors."""
+    sizes = 3 * query.shape[-1] + 2 * value.shape[-1]
+    return 2 * query[..., 0].numel() * key.shape[-2] * sizes
+
+
 _FLOPS = {
     **flop_registry,  # lacks the CPU's names of two kernels
     _aten.convolution_backward: _convolution_backward,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
+    # torch 2.9 requires as many heads of keys as of queries.
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
