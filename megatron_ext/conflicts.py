@@ -91,11 +91,11 @@ def check_conflicts(args: Namespace, explicit: Set[str]) -> list[str]:
 def _check_multi_token_prediction(args: Namespace) -> None:
     """Refuse what would change the loss of a depth, or end in a stack trace."""
     name = f"--mtp-num-layers {args.mtp_num_layers}"
-    if args.context_parallel_size > 1:
+    if args.context_parallel_size > 1 and args.calculate_per_token_loss:
         raise UserError(
-            f"{name} is incompatible with --context-parallel-size {args.context_parallel_size}: "
-            "each rank would normalize the loss of a depth by its own tokens. Use other "
-            "parallelism."
+            f"{name} with --context-parallel-size {args.context_parallel_size} is incompatible "
+            "with --calculate-per-token-loss: each rank would weight the loss of a depth by its "
+            "own tokens. Leave --calculate-per-token-loss out."
         )
     if args.pipeline_model_parallel_layout:
         raise UserError(

@@ -47,7 +47,10 @@ def warnings(**changes: Any) -> list[str]:
             "--train-iters 10000 and --train-samples 5 both set the length of training",
         ),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16 both set the precision"),
-        (DEPTHS | {"context_parallel_size": 2}, "is incompatible with --context-parallel-size 2"),
+        (
+            DEPTHS | {"context_parallel_size": 2, "calculate_per_token_loss": True},
+            "--context-parallel-size 2 is incompatible with --calculate-per-token-loss",
+        ),
         (DEPTHS | {"pipeline_model_parallel_layout": "Et|tL"}, "Leave the layout out."),
         (
             DEPTHS | {"recompute_granularity": "full", "recompute_method": "block"},

@@ -8,6 +8,7 @@ thresholds. Training adds the losses of all depths; inference has no use for the
 import copy
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,6 +21,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from megatron_ext import patches
 from megatron_ext.config import ETConfig
 from megatron_ext.model.layer_stack import POSITIONS, LayerStack, layer_symbols
 from megatron_ext.model.norm import RMSNorm
@@ -108,6 +110,29 @@ class PredictionStack(LayerStack):
 
     def _saves_stacked_layers(self, metadata: dict[str, Any]) -> bool:
         return False
+
+
+_ROLL = "megatron.core.transformer.multi_token_prediction.roll_tensor"
+
+
+def roll_tensor(tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Return the shifted tensor, and the mean of its sum over the context-parallel ranks.
+
+    Megatron divides the loss of a depth by the sum of the shifted mask. Each rank has only a part
+    of every text, and those that end a text predict fewer tokens.
+    """
+    rolled, total = patches.original(_ROLL)(tensor, *args, **kwargs)
+    group = kwargs.get("cp_group")
+    if group is not None and group.size() > 1:
+        total = total.float()
+        dist.all_reduce(total, group=group)
+        total /= group.size()
+    return rolled, total
+
+
+def replacements() -> dict[str, Any]:
+    """Return the function by which the losses of depths are those of one rank."""
+    return {_ROLL: roll_tensor}
 
 
 def prediction_spec(backend: BackendSpecProvider, layers: HybridStackSubmodules) -> ModuleSpec:

@@ -49,6 +49,7 @@ def layer_stack_spec(config: ETConfig) -> ModuleSpec:
     if config.num_moe_experts is not None:
         submodules.moe_layer = _feed_forward(_experts(config, backend))
     if config.mtp_num_layers:
+        patches.apply("multi-token prediction")
         submodules.mtp_block_spec = prediction_spec(backend, submodules)
     return ModuleSpec(module=LayerStack, submodules=submodules)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Group = Literal[
-    "cpu device", "megatron", "gated delta net", "mamba", "optimizer", "matrix gradients",
-    "checkpoints", "trainer", "schedule", "fake rank", "dry run", "dry-run traffic",
-    "micro-batches",
+    "cpu device", "megatron", "gated delta net", "mamba", "multi-token prediction", "optimizer",
+    "matrix gradients", "checkpoints", "trainer", "schedule", "fake rank", "dry run",
+    "dry-run traffic", "micro-batches",
 ]  # fmt: skip
 
 GROUPS: dict[Group, str] = {
@@ -18,6 +18,7 @@ GROUPS: dict[Group, str] = {
     "megatron": "Applied by `megatron_ext.devices.activate` on every device.",
     "gated delta net": "Applied before a model with Gated DeltaNet layers is built.",
     "mamba": "Applied before a model with Mamba layers is built, where their kernels cannot run.",
+    "multi-token prediction": "Applied before a model with depths of prediction is built.",
     "optimizer": "Applied before an optimizer is built: by training and by the dry run.",
     "matrix gradients": "Applied while a model is wrapped for Muon's distributed optimizer.",
     "checkpoints": "Applied before a checkpoint is loaded or saved by training.",
@@ -233,6 +234,14 @@ _EVERYWHERE = (
         source="megatron_ext.model.mamba:replacements",
         reason="The layer requires the Triton kernels of mamba-ssm.",
         removable="When the layer has an implementation in torch.",
+    ),
+    Patch(
+        group="multi-token prediction",
+        targets=("megatron.core.transformer.multi_token_prediction.roll_tensor",),
+        source="megatron_ext.model.multi_token_prediction:replacements",
+        reason="Context-parallel ranks divide the loss of a depth by different numbers of tokens.",
+        removable="When these numbers are those of all ranks.",
+        upstream="NVIDIA/Megatron-LM#7498 (open).",
     ),
 )
 

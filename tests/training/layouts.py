@@ -185,6 +185,8 @@ LAYOUTS = [
     Layout("DP 2, distributed optimizer", 2, 2, (*SHARDED, *OVERLAP), "depths"),
     Layout("EP 2", 2, 2, EP2, "depths"),
     Layout("TP 2, EP 2", 2, 1, (*TP2, *EP2, *WHOLE_EXPERTS, *SHARDED), "depths"),
+    Layout("CP 2", 2, 1, CP2, "depths"),
+    Layout("CP 2, TP 2, EP 2", 4, 1, (*CP2, *TP2, *EP2), "depths"),
     Layout("PP 2", 2, 1, PP2, "depths"),
     Layout("PP 2, interleaved", 2, 1, (*PP2, *INTERLEAVED), "depths"),
     Layout("full recomputation", 1, 1, (*FULL, "--recompute-num-layers", "1"), "depths"),
