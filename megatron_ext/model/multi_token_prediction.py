@@ -115,7 +115,7 @@ class PredictionStack(LayerStack):
 _ROLL = "megatron.core.transformer.multi_token_prediction.roll_tensor"
 
 
-def roll_tensor(tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def roll_tensor(tensor: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """Return the shifted tensor, and the mean of its sum over the context-parallel ranks.
 
     Megatron divides the loss of a depth by the sum of the shifted mask. Each rank has only a part
@@ -123,7 +123,7 @@ def roll_tensor(tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
     """
     rolled, total = patches.original(_ROLL)(tensor, *args, **kwargs)
     group = kwargs.get("cp_group")
-    if group is not None and group.size() > 1:
+    if tensor is not None and group is not None and group.size() > 1:
         total = total.float()
         dist.all_reduce(total, group=group)
         total /= group.size()
