@@ -16,7 +16,7 @@ from megatron_ext.inference.cache import RaggedCache
 
 
 class RecurrentLayer:
-    """What this project adds to a recurrent layer of Megatron, which is the next base class.
+    """Cache and samples of a recurrent layer of Megatron, which is the next base class.
 
     Megatron's layers have no inference in torch, and process a row as one sample.
     """
