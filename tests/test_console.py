@@ -179,3 +179,12 @@ def test_numbers_are_short_and_aligned() -> None:
     assert [short(2_303_360), short(575e6), short(1.25e12)] == ["2.30 M", "575 M", "1.25 T"]
     assert step_of(7, 1000) == "step     7/1,000"
     assert report_line(["a", "", "b"], ["c", "d"]) == "a | b | ATTENTION: c, d"
+
+
+def test_what_libraries_write_to_stdout_is_discarded() -> None:
+    text = (
+        "import os\nfrom megatron_ext.quiet import quiet_libraries\nprint('before')\n"
+        "with quiet_libraries():\n    os.write(1, b'of a library')\nprint('after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("before\nafter\n", "")
