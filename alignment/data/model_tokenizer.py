@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
-from megatron_ext.hf.end_tokens import end_tokens, record_end_tokens
+from megatron_ext.hf.end_tokens import GENERATION_CONFIG, end_tokens, record_end_tokens
 from megatron_ext.model_location import locate_model
 
 
@@ -32,9 +32,11 @@ def load_tokenizer(model: Path, chat_template: Path | None = None) -> Any:
             f"The tokenizer of {model} has no chat template. Give one with --chat-template."
         )
     if not end_tokens(tokenizer):
+        place = _place(model)
+        folder = place if place.is_dir() else place.parent
         raise UserError(
-            f"{model} has no token that ends a text. Set eos_token_id in its "
-            "generation_config.json."
+            f"{model} has no token that ends a text. Set eos_token_id in "
+            f"{folder / GENERATION_CONFIG}."
         )
     return tokenizer
 
@@ -57,8 +59,10 @@ def read_tokenizer(model: Path) -> Any:
             tokenizer = open_sentencepiece(place)
         elif (place / "tokenizer.json").is_file() or not (place / "tokenizer.model").is_file():
             tokenizer = AutoTokenizer.from_pretrained(place)
-        else:
+        elif (place / "tokenizer_config.json").is_file():
             tokenizer = ExpertThresholdTokenizer.from_pretrained(place)
+        else:  # the copy in a run's directory
+            tokenizer = open_sentencepiece(place / "tokenizer.model")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if place.is_dir() and not any(place.glob("*token*")):
             raise UserError(

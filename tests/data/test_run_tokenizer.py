@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from alignment.data.model_tokenizer import read_tokenizer
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.data.run_tokenizer import (
     RECORD,
@@ -18,6 +20,7 @@ from megatron_ext.data.run_tokenizer import (
 )
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.errors import UserError
+from megatron_ext.hf.end_tokens import end_tokens
 from tests.data import hf_tokenizers
 
 
@@ -46,6 +49,8 @@ def keep(args: Namespace) -> tuple[Path, Path]:
     iteration = run / "checkpoints/iter_0000001"
     iteration.mkdir(parents=True, exist_ok=True)
     (run / "checkpoints" / TRACKER).write_text("1")
+    for name in ("metadata.json", ".metadata"):
+        (iteration / name).touch()
     keep_tokenizer(args, run)
     record = json.loads((run / "tokenizer" / RECORD).read_text())
     assert record["sha256"] == args.tokenizer_sha256 and record["type"] == args.tokenizer_type
@@ -163,3 +168,19 @@ def test_folder_of_the_user_is_not_replaced(args: Namespace) -> None:
         inside = Namespace(**vars(args) | {"tokenizer_model": str(folder)})
         keep_tokenizer(inside, Path(args.run_dir))
         assert not (folder / RECORD).exists()
+
+
+def test_alignment_reads_the_copy_with_its_special_tokens(args: Namespace) -> None:
+    keep(args)
+    original, run = Path(args.tokenizer_model), Path(args.run_dir)
+    text = "naïve 漢字\n\n 2024"
+    if original.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(original)
+        ids, end = tokenizer(text).input_ids, tokenizer.eos_token_id
+    else:
+        processor = SentencePieceProcessor(model_file=str(original))
+        ids, end = processor.encode(text), processor.eos_id()
+    for folder in (run, run / "tokenizer"):
+        tokenizer = read_tokenizer(folder)
+        assert tokenizer(text).input_ids == ids
+        assert tokenizer.eos_token_id == end and end_tokens(tokenizer) == {end}

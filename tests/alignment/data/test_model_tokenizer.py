@@ -23,7 +23,8 @@ def test_tokenizer_that_cannot_be_used_is_named_with_the_fix(tmp_path: Path) -> 
         entries = {key: value for key, value in entries.items() if not key.startswith("eos_token")}
         (tmp_path / name).write_text(json.dumps(entries))
     assert message() == (
-        f"{tmp_path} has no token that ends a text. Set eos_token_id in its generation_config.json."
+        f"{tmp_path} has no token that ends a text. Set eos_token_id in "
+        f"{tmp_path / 'generation_config.json'}."
     )
     (tmp_path / "chat_template.jinja").unlink()
     assert message() == (
