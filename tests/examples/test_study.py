@@ -19,9 +19,11 @@ from examples.alignment.study.passages import main as passages
 from examples.alignment.study.passages import passages as neighbours
 from examples.alignment.study.plan import StudyPlan, read_settings
 from megatron_ext.errors import UserError
-from tests.alignment.chat_model import make_model
 from tests.distributed import ROOT
+from tests.megatron import TINY
+from tests.pretraining import train
 from tests.warm import warm_python
+from tools.train_tokenizer import train_sentencepiece
 
 NAMES = (
     "cow",
@@ -155,14 +157,20 @@ def test_study_commands_parse(tmp_path):
 
 
 def make_quickstart(folder):
-    """Write the parts of a quickstart that a study uses: a text and a model."""
+    """Make the parts of a quickstart that a study uses: a text and a run on its tokenizer."""
     (folder / "data").mkdir(parents=True)
     write_text(folder / "data" / "text.jsonl")
-    make_model(folder, num_hidden_layers=1, max_position_embeddings=512)
-    for file in folder.glob("*token*.json"):  # the study's chat template has other special tokens
-        text = file.read_text().replace("<|end|>", "</s>").replace("<|user|>", "<s>")
-        file.write_text(text)
-    (folder / "metrics.jsonl").write_text("")
+    texts = [json.loads(line)["text"] for line in (folder / "data" / "text.jsonl").open()]
+    tokenizer = folder / "data" / "tokenizer.model"
+    tokenizer.write_bytes(train_sentencepiece(texts, 320, 1.0))
+    train(
+        [
+            *TINY, "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
+            "--vocab-size", 320, "--seq-length", 512, "--max-position-embeddings", 512,
+            "--train-iters", 1, "--run-dir", folder,
+        ],
+        ranks=1,
+    )  # fmt: skip
     return folder
 
 
