@@ -20,7 +20,7 @@ from alignment.judges.kinds.verifier import (
     read_column,
     read_references,
 )
-from alignment.judges.verifiers.extraction import Extract, extract_answer
+from alignment.judges.verifiers.extraction import Extract, extract_answer, without_marks
 from alignment.judges.verifiers.numbers import Decimal, Number, find_numbers, read_number
 from alignment.records import Prompt
 
@@ -73,7 +73,7 @@ class ExactAnswerConfig(VerifierConfig):
     def _form(self, text: str) -> str:
         if self.compare == "exact":
             return text.strip()
-        text = unicodedata.normalize("NFC", text).casefold()
+        text = unicodedata.normalize("NFC", without_marks(text)).casefold()
         return " ".join(text.split()).strip(_EDGES)
 
 

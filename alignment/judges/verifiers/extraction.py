@@ -19,6 +19,7 @@ _PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[ \t]*[:=]?[ \t*_]*", re.IGNOR
 _END = re.compile(r"[.;!?](?=\s|$)|,(?=\s)|\s(?:because|since|as|so)\s", re.IGNORECASE)
 _LONGEST = 10_000  # characters of a line
 _EMPHASIS = "*_`$ \t\r\n"
+_MATH = re.compile(r"\\\(((?:(?!\\[()]).)*)\\\)|\\\[((?:(?!\\[\[\]]).)*)\\\]", re.DOTALL)
 
 
 def final_text(response: str) -> str | None:
@@ -36,15 +37,22 @@ def extract_answer(text: str, how: Extract = "auto") -> str | None:
         how: Where the answer is.
 
     Returns:
-        The answer without emphasis and space around it. None if the text has none; with `auto`
-        also if none of the rules applies.
+        The answer without emphasis, space and delimiters of LaTeX around it. None if the text has
+        none; with `auto` also if none of the rules applies.
     """
     if how == "whole":
         return text.strip()
     for find in _RULES[how]:
         if (answer := find(text)) is not None:
-            return answer.strip(_EMPHASIS)
+            return without_marks(answer)
     return None
+
+
+def without_marks(text: str) -> str:
+    r"""Return a text without emphasis, space and one pair of `\( \)` or `\[ \]` around it."""
+    text = text.strip(_EMPHASIS)
+    formula = _MATH.fullmatch(text)
+    return (formula[1] or formula[2] or "").strip(_EMPHASIS) if formula else text
 
 
 def boxed(text: str) -> str | None:

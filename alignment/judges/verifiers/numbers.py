@@ -28,7 +28,7 @@ _LATEX = (
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "×"),
     (re.compile(r"\\(?:left|right|displaystyle|quad|approx)(?![A-Za-z])|\\[,!:; ]"), " "),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"\\?\$"), " "),
+    (re.compile(r"\\?\$|\\[()\[\]]"), " "),
 )
 _GROUPED = rf"[1-9]\d{{0,2}}(?:(?P<separator>[SEPARATORS_'{_SPACES}])\d{{3}})" \
     r"(?:(?P=separator)\d{3})*(?:DECIMAL\d+)?"  # fmt: skip

@@ -42,6 +42,8 @@ def judge(folder, text, metadata, **settings):
         ("50%", 50, {"percent": "hundredths"}, 0), ("50%", 0.5, {"percent": "ignored"}, 0),
         ("6", [5, 6], {}, 9), (r"\boxed{5x} so 5", 5, {}, 0), ("9" * 100_000, 9, {}, 0),
         ("<think>It is 42.", 42, {}, 0), ("<think>41</think>42", 42, {}, 9),
+        (r"Answer: \(42\)", 42, {}, 9), ("The answer is\n\\[\n42\n\\]", 42, {}, 9),
+        (r"The answer is \(x = 42\).", r"\(42\)", {}, 9),
     ],
 )  # fmt: skip
 def test_numeric_answers(tmp_path, text, reference, settings, score):
@@ -59,6 +61,7 @@ def test_numeric_answers(tmp_path, text, reference, settings, score):
         ("", "x", {}, 0), ("...", "x", {}, 0), ("x²", "x2", {}, 0),
         ("cafe\u0301", "CAFÉ", {}, 9), ("a\nb", "b", {"extract": "last-line"}, 9),
         ("b", "b", {"extract": "boxed"}, 0), ("STRASSE", "straße", {}, 9),
+        (r"Answer: \(x+1\)", "x+1", {}, 9), ("x+1", r"\(x+1\)", {}, 9),
     ],
 )  # fmt: skip
 def test_exact_answers(tmp_path, text, reference, settings, score):

@@ -25,6 +25,11 @@ from alignment.judges.verifiers.extraction import extract_answer, final_text
         ("answer:", None),
         ("", None),
         (r"\boxed{}", ""),
+        (r"Answer: \(42\)", "42"),
+        (r"The answer is **\( x + 1 \)**.", "x + 1"),
+        ("The answer is \\[ 42 \\].", "42"),
+        (r"The answer is \(x\) or \(y\).", r"\(x\) or \(y\)"),
+        (r"The answer is f\(x\).", r"f\(x\)"),
     ],
 )
 def test_auto_takes_the_first_rule_that_applies(text, expected):
@@ -49,3 +54,4 @@ def test_thinking_is_left_out_and_must_end():
 def test_an_endless_text_is_searched_in_linear_time():
     assert extract_answer(r"\boxed{" * 20_000) is None
     assert extract_answer("answer is " * 100_000) is not None
+    assert extract_answer(r"\(" * 100_000 + "1", "last-line") is not None

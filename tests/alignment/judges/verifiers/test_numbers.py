@@ -27,7 +27,8 @@ def value(text, decimal="point"):
         ("42cm", 42), ("9.8 m/s", "49/5"), (r"42\text{ apples}", 42), (r"90^\circ", 90), ("5 m", 5),
         ("1e3", 1000), ("2.5E-2", "1/40"), ("3 × 10^8", 3 * 10**8), (r"3 \times 10^{-2}", "3/100"),
         ("10⁸", None), ("3 x 10⁸", 3 * 10**8), ("1e400", 10**400), ("٤٢", 42), ("４２", 42),
-        ("४२", 42), (r"\left(5\right)", 5),
+        ("४२", 42), (r"\left(5\right)", 5), (r"\(42\)", 42), (r"\[ x = 42 \]", 42),
+        (r"\(5\) apples", 5),
     ],
 )  # fmt: skip
 def test_notations_that_are_read(text, expected):
@@ -41,7 +42,7 @@ def test_notations_that_are_read(text, expected):
         "1,234.567,8", "2+3", "2 + 3", "10-20", "3 to 5", "5x", "5 x", "x2", "2^10", "5²", "2_1",
         r"2\sqrt{3}", r"\sqrt{2}", r"5\pi", "5π", "5 pi", "5 million", "1/0", "1/2/3", "3:30",
         "0x1F", "1e9999", "1e99999999999", "3 × 10^99999", "±5", "2*3", "x/2", "²", "1e",
-        r"\frac{x}{2}", "9" * 1001, "5 ≠ 6", "2**3",
+        r"\frac{x}{2}", "9" * 1001, "5 ≠ 6", "2**3", r"\(2\)\(3\)", r"\(2 + 3\)",
     ],
 )  # fmt: skip
 def test_text_without_exactly_one_number_is_none(text):
