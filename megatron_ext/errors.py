@@ -80,12 +80,19 @@ class ToolParser(argparse.ArgumentParser):
         """Parse arguments like argparse, after checking the names of the flags.
 
         Raises:
-            UserError: A flag or its value is wrong, or a required flag is missing.
+            UserError: A flag or its value is wrong, a required flag is missing, or a flag for a
+                list is repeated.
         """
         words = sys.argv[1:] if args is None else list(args)
         flags = self._option_string_actions
+        lists: set[str] = set()
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
+            if name in flags and takes_list(flags[name]):
+                # argparse takes the last list and says nothing about the others.
+                if flags[name].dest in lists:
+                    raise UserError(f"{name} is repeated. Write all values after one {name}.")
+                lists.add(flags[name].dest)
             # A word with a space is a value, such as flags for another program.
             if name.startswith("--") and " " not in name and name not in flags:
                 near = get_close_matches(name, flags, n=1)
@@ -139,6 +146,11 @@ class ToolParser(argparse.ArgumentParser):
             values = count.replace("arguments", "values").replace("argument", "value")
             raise UserError(f"{name} requires {values}. See {self.prog} --help.")
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def takes_list(action: argparse.Action) -> bool:
+    """Return whether a flag takes any number of values, and only the last list counts."""
+    return isinstance(action, argparse._StoreAction) and action.nargs in ("+", "*")
 
 
 def _option(action: argparse.Action) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import UserError, takes_list
 from megatron_ext.flag_names import FLAGS, MEGATRON_VERSION, NAMES
 from megatron_ext.recipe_files import find_recipe, read_recipe, unknown_key
 
@@ -170,7 +170,15 @@ def _resolve(entries: Sequence[_Entry]) -> list[_Entry]:
             replaced = not entry.decides and any(
                 other.decides and _excludes(other.name, entry.name) for other in entries
             )
-        if entry.words and not removed and not replaced:
+        overridden = (
+            entry.action is not None
+            and takes_list(entry.action)
+            and any(
+                later.words and later.name == entry.name and later.source != entry.source
+                for later in entries[position + 1 :]
+            )
+        )
+        if entry.words and not (removed or replaced or overridden):
             effective.append(entry)
     return effective
 

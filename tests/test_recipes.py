@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import ToolParser, UserError
 from megatron_ext.recipes import expand_recipes
 
 BASE = "train_iters: 8\nlr_decay_iters: 7\nlr_warmup_fraction: 0.1\nlr: 1\nglobal_batch_size: 4\n"
@@ -65,6 +65,24 @@ def test_alternatives_of_other_kinds_are_replaced(tmp_path: Path) -> None:
     mock = "mock_data: true\nsplit: 90,5,5\n"
     assert values(tmp_path, mock, "--train-data-path", "A") == {"train_data_path": ["A"]}
     assert values(tmp_path, mock, "--data-path", "A") == {"data_path": ["A"], "split": "90,5,5"}
+
+
+def test_list_of_a_later_source_replaces_that_of_an_earlier_one(tmp_path: Path) -> None:
+    recipe = "data_path: [1, a]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    tool = ToolParser(prog="pretrain_et.py")
+    for name in ("data-path", "split"):
+        tool.add_argument(f"--{name}", nargs="*")
+
+    def path(*words: str) -> object:
+        return tool.parse_args(expand_recipes(words, tool)).data_path
+
+    from_recipe = ("--recipe", str(tmp_path / "recipe.yaml"))
+    assert path(*from_recipe) == ["1", "a"]
+    assert path(*from_recipe, "--data-path", "b") == ["b"]
+    assert path("--data-path", "b", *from_recipe) == ["1", "a"]
+    with pytest.raises(UserError, match="--data-path is repeated"):
+        path(*from_recipe, "--data-path", "b", "--data-path=c")
 
 
 def test_contradiction_within_one_source_reaches_the_checks(tmp_path: Path) -> None:

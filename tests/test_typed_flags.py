@@ -89,6 +89,10 @@ def test_parsed_values_equal_fields_and_groups() -> None:
         (["", "--steps", "1"], "study is empty."),
         (["here", "--steps", "1", "--lr", "0"], "--lr 0.0 must be above 0."),
         (["here", "--steps"], "--steps requires one value. See et-align train --help."),
+        (
+            ["here", "--steps", "1", "--files", "a", "--files=b"],
+            "--files is repeated. Write all values after one --files.",
+        ),
         (["here", "--steps", "1", "--mode", "slow"], "--mode slow is not one of fast, exact."),
     ],
 )
