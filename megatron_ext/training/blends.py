@@ -5,6 +5,7 @@ a single dataset and a blend with weights as often as necessary, but reads a ble
 once, and counts the epochs of an empty split indefinitely.
 """
 
+import hashlib
 import json
 import math
 from argparse import Namespace
@@ -18,12 +19,13 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_ext.checkpoint import file_digest
 from megatron_ext.errors import UserError
 from megatron_ext.training.run_progress import RunProgress
 
 _KINDS = ("training", "validation", "test")
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
-_SOURCES = ("data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
+SOURCES = ("data_path", "data_args_path", *_PER_SPLIT, "per_split_data_args_path")
 _NO_VALIDATION = "give --eval-iters 0 to train without validation"
 
 
@@ -57,7 +59,7 @@ def blends(args: Namespace) -> list[Blend]:
         UserError: Flags contradict each other, a weight is not a positive number, or there are no
             training or validation data.
     """
-    sources = [_flag(name) for name in _SOURCES if getattr(args, name)]
+    sources = [_flag(name) for name in SOURCES if getattr(args, name)]
     per_split = [flag for flag in sources if flag in map(_flag, _PER_SPLIT)]
     if not sources:
         raise UserError("No data. Give --data-path, or --train-data-path and --valid-data-path.")
@@ -85,6 +87,19 @@ def blends(args: Namespace) -> list[Blend]:
         ]
     _check_kinds(result, args)
     return result
+
+
+def data_digest(args: Namespace) -> str | None:
+    """Return the SHA-256 digest of the indices of all datasets of a run, None with mock data.
+
+    An index contains the length of every document. Two runs with the same flags and this digest
+    read the same samples in the same order.
+    """
+    if args.mock_data:
+        return None
+    prefixes = dict.fromkeys(prefix for blend in blends(args) for prefix in blend.prefixes)
+    digests = [file_digest(Path(f"{prefix}.idx")) for prefix in prefixes]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def check_mock_split(args: Namespace) -> None:

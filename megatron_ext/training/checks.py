@@ -18,7 +18,7 @@ from megatron_ext.data.tokenizer_identity import (
 from megatron_ext.devices import is_cpu_device
 from megatron_ext.errors import UserError
 from megatron_ext.processes import lock_folder
-from megatron_ext.training.blends import check_enough_samples
+from megatron_ext.training.blends import check_enough_samples, data_digest
 from megatron_ext.training.input_checks import check_inputs
 from megatron_ext.training.launch import Launch
 from megatron_ext.training.resume_checks import check_resuming
@@ -52,6 +52,8 @@ def check_run(args: Namespace, config: ETConfig, launch: Launch) -> Start:
     if run_dir_exists:  # lock it before reading from it
         launch.agree("lock", claim)
     launch.agree("inputs", lambda: check_inputs(args, config))
+    digest = data_digest(args) if launch.rank == 0 else None
+    args.data_sha256 = launch.share("data", digest)
     checkpoint = check_checkpoint(args, config, launch)
     progress = check_progress(checkpoint, args, launch)
     if not run_dir_exists:  # create it last, so that a refused run leaves no folder

@@ -1,6 +1,7 @@
 """Data of a training run: Megatron's datasets, batches, forward step and loss."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -38,7 +39,8 @@ def train_valid_test_datasets(
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = _DatasetConfig(
+        data_sha256=getattr(args, "data_sha256", None),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -62,9 +64,28 @@ def train_valid_test_datasets(
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset = MockGPTDataset if args.mock_data else _Dataset
     is_built_on_rank = partial(_reads_data, vp_stage)
     return BlendedMegatronDatasetBuilder(dataset, samples, is_built_on_rank, config).build()
+
+
+@dataclass
+class _DatasetConfig(GPTDatasetConfig):
+    """Configuration with the digest of the datasets' content."""
+
+    data_sha256: str | None = None
+
+
+class _Dataset(GPTDataset):
+    """Dataset whose cached sample index is used only for the content that it was made for.
+
+    Megatron looks a cached index up by the path of the dataset. After `preprocess_data --overwrite`
+    it would read the samples of the earlier content.
+    """
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), "data_sha256"]
 
 
 # With this mark Megatron calls the function on every rank, not only on the first rank of each

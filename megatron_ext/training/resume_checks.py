@@ -6,10 +6,12 @@ from typing import Any
 
 from megatron_ext.checkpoint import read_common_state
 from megatron_ext.config import ETConfig
+from megatron_ext.console import console
 from megatron_ext.data.tokenizer_identity import check_model_tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.model.identity import check_same_model, check_same_schedule
 from megatron_ext.moe.registry import ROUTERS, router_type
+from megatron_ext.training.blends import SOURCES
 from megatron_ext.training.resharding import check_resharding
 
 # Settings that the learning rate schedule of a resumed run must share with the checkpoint.
@@ -87,6 +89,18 @@ def check_resuming(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
                     "with the flags."
                 )
     check_model_tokenizer(checkpoint, saved, args)
+    if not weights_only and _has_changed_data(saved, args):
+        console.warn(
+            f"warning: the datasets have changed since {checkpoint}. Training continues at its "
+            "position in the new order of samples, so that documents can be read twice or never."
+        )
+
+
+def _has_changed_data(saved: Namespace, args: Namespace) -> bool:
+    """Return whether the same flags name data with another content than in the checkpoint."""
+    content = (args.data_sha256, getattr(saved, "data_sha256", None))
+    same = all(getattr(saved, name, None) == getattr(args, name) for name in (*SOURCES, "split"))
+    return None not in content and content[0] != content[1] and same
 
 
 def _schedule_setting(args: Namespace, name: str) -> Any:
