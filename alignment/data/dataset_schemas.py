@@ -42,12 +42,14 @@ class DatasetSchema:
             a file, its first argument, lack one. Its second argument is the roles that the user
             has named.
         convert: Function that converts a row.
+        further_roles: Roles of further columns that the conversion uses.
     """
 
     name: str
     columns: str
     match: Callable[[Collection[str], Collection[str]], Roles | None]
     convert: Callable[[SourceRow], list[LabeledRecord]]
+    further_roles: Collection[str] = ()
 
 
 def _requires(*roles: str) -> Callable[[Collection[str], Collection[str]], Roles | None]:
@@ -73,24 +75,38 @@ def _match_sides(columns: Collection[str], explicit: Collection[str]) -> Roles |
 
 
 def _match_alpaca(columns: Collection[str], explicit: Collection[str]) -> Roles | None:
-    context = "input" if "input" in columns else "context" if "context" in columns else None
-    if "instruction" not in columns or "prompt" in explicit:
-        return None
+    context = find_column("input", columns) or find_column("context", columns)
+    prompt = find_column("instruction", columns)
+    if "prompt" in explicit:
+        prompt = "prompt" if "input" in explicit else None
     response = find_column("response", columns, explicit)
-    if context is None and response is None:
+    if prompt is None or (context is None and response is None):
         return None
-    roles = {"prompt": "instruction"} | ({"input": context} if context else {})
+    roles = {"prompt": prompt} | ({"input": context} if context else {})
     return roles | ({"response": response} if response else {})
 
 
+def _match_conversations(columns: Collection[str], explicit: Collection[str]) -> Roles | None:
+    if "prompt" in explicit and "messages" not in explicit:
+        return None
+    return _requires("messages")(columns, explicit)
+
+
+_ROLES = {
+    "prompt", "response", "chosen", "rejected", "messages", "system", "input", "first", "second",
+    "label", "score", "annotator", "rubric", "id", "prompt_id", "source",
+}  # fmt: skip
+_ABOUT_ROW = ("system", "id", "prompt_id", "rubric", "source")
+_PROMPT = ("prompt", "messages", *_ABOUT_ROW)
+_RATED = ("score", "label", "annotator")
 SCHEMAS = (
     DatasetSchema(
         "preferences", "chosen, rejected", _requires("chosen", "rejected"),
-        preference_rows.preference,
+        preference_rows.preference, (*_PROMPT, "annotator"),
     ),
     DatasetSchema(
         "pairs", "two responses, such as response_a, response_b", _match_sides,
-        preference_rows.labeled_pair,
+        preference_rows.labeled_pair, (*_PROMPT, "label", "annotator"),
     ),
     DatasetSchema(
         "questions of Arena-Hard", "uid, category, subcategory, prompt",
@@ -98,17 +114,23 @@ SCHEMAS = (
     ),
     DatasetSchema(
         "prompts with completions", "prompt, completions", _requires("prompt", "completions"),
-        response_rows.completions,
+        response_rows.completions, (*_PROMPT, "score", "annotator"),
     ),
-    DatasetSchema("Alpaca", "instruction, input, output", _match_alpaca, response_rows.alpaca),
+    DatasetSchema(
+        "Alpaca", "instruction, input, output", _match_alpaca, response_rows.alpaca,
+        (*_ABOUT_ROW, *_RATED),
+    ),
     DatasetSchema(
         "prompts and responses", "prompt or question, response or answer",
-        _requires("prompt", "response"), response_rows.answered,
+        _requires("prompt", "response"), response_rows.answered, (*_PROMPT, *_RATED),
     ),
     DatasetSchema(
-        "conversations", "messages or conversations", _requires("messages"), response_rows.chat
+        "conversations", "messages or conversations", _match_conversations, response_rows.chat,
+        (*_ABOUT_ROW, *_RATED),
     ),
-    DatasetSchema("prompts", "prompt or question", _requires("prompt"), response_rows.prompt_only),
+    DatasetSchema(
+        "prompts", "prompt or question", _requires("prompt"), response_rows.prompt_only, _PROMPT
+    ),
 )  # fmt: skip
 
 
@@ -164,8 +186,9 @@ class RecordFile:
         if kind is None:
             # A column may be missing in rows where it has no value.
             self.columns = list(dict.fromkeys(name for row in valid for name in row))
-            self.options.check(self.columns, self.path)
+            self.options.check(valid, self.path)
             self.schema, self.roles = self._find_schema(self.options.rename(valid[0]))
+            self._check_roles(self.schema, self.roles)
         for number, row in chain(first, rows):
             if isinstance(row, MalformedRow):
                 yield row
@@ -198,6 +221,27 @@ class RecordFile:
         except AmbiguousColumns as error:
             raise UserError(f"{self.path} {error}") from None
         raise UserError(_unknown(self.path, columns, explicit))
+
+    def _check_roles(self, schema: DatasetSchema, roles: Roles) -> None:
+        """Check that the schema uses every role whose column the user has named.
+
+        Raises:
+            UserError: It ignores one.
+        """
+        explicit = self.options.columns
+        known = [*roles, *(role for role in schema.further_roles if role not in roles)]
+        for role in sorted((_ROLES & set(explicit)) - {*known, *roles.values()}):
+            raise UserError(
+                f"--columns {role}={explicit[role]}: {self.path} is read as {schema.name} "
+                f"({schema.columns}), which have no {role}. Leave it out, or name one of their "
+                f"roles: {', '.join(known)}."
+            )
+        if {"score", "label"} <= set(explicit) and "score" in known:
+            raise UserError(
+                f"--columns score={explicit['score']} label={explicit['label']}: both name the "
+                f"ratings of {self.path}. Leave one out; columns of several people are "
+                "score=COLUMN,COLUMN."
+            )
 
     def _convert(self, values: Mapping[str, Any], number: int) -> list[LabeledRecord]:
         assert self.schema is not None

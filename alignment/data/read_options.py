@@ -1,7 +1,7 @@
 """Options of reading files of other projects: which columns play which roles, and how many rows."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -52,21 +52,20 @@ class ReadOptions:
             values |= dict.fromkeys(theirs.split(","), ours)
         return cls(names, values, limit)
 
-    def check(self, columns: Collection[str], path: object) -> None:
-        """Check that a file has the columns that `columns` names.
+    def check(self, rows: Sequence[Mapping[str, Any]], path: object) -> None:
+        """Check that a file has the columns and nested fields that `columns` names.
+
+        Args:
+            rows: First rows of the file.
+            path: The file, for the error message.
 
         Raises:
             UserError: The file lacks one.
         """
         for ours, theirs in self.columns.items():
-            for name in [theirs] if theirs in columns else theirs.split(","):
-                if name not in columns and name.partition(".")[0] not in columns:
-                    near = get_close_matches(name, columns, n=1)
-                    advice = f"Did you mean {near[0]}?" if near else "Name one of them."
-                    raise UserError(
-                        f"--columns {ours}={theirs}: {path} has no column {name!r}; its columns "
-                        f"are {', '.join(columns)}. {advice}"
-                    )
+            for name in [theirs] if theirs in _fields(rows) else theirs.split(","):
+                if problem := _missing_field(name, rows):
+                    raise UserError(f"--columns {ours}={theirs}: {path} has {problem}")
 
     def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row with the columns under the names of `columns`, those first."""
@@ -93,12 +92,53 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def _fields(values: Sequence[Any]) -> list[str]:
+    """Return the fields that any of several values has, in the order of their first occurrence."""
+    return list(dict.fromkeys(n for each in values if isinstance(each, Mapping) for n in each))
+
+
+def _missing_field(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return which part of a name of a column or nested field no row has, or an empty text."""
+    values: Sequence[Any] = rows
+    before, rest = "", name
+    while values:
+        fields = _fields(values)
+        field_name, _, following = rest.partition(".")
+        if rest in fields:
+            return ""
+        if field_name not in fields or not following:
+            where = f" in the column {before.rstrip('.')}" if before else ""
+            if not fields:
+                return f"no fields{where}. Name the column itself, or a column with fields."
+            what = "field" if before else "column"
+            near = get_close_matches(rest, fields, n=1)
+            if not near and following:
+                near = [f"{n}.{following}" for n in get_close_matches(field_name, fields, n=1)]
+            advice = f"Did you mean {before}{near[0]}?" if near else "Name one of them."
+            lacking = field_name if following and before else rest
+            return f"no {what} {lacking!r}{where}; its {what}s are {', '.join(fields)}. {advice}"
+        before, rest = f"{before}{field_name}.", following
+        inner = [each.get(field_name) for each in values if isinstance(each, Mapping)]
+        entries = [each for value in inner for each in (value if _is_list(value) else [value])]
+        values = [each for each in entries if each is not None]
+    return ""  # Without a value in the first rows, nothing is known about its fields.
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _value(row: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a column, of a field of a nested one, or of several by their names."""
+    """Return the value of a column, of a field of a nested one, or of several by their names.
+
+    A field of a list of mappings is the list of its values.
+    """
     if name in row or ("," not in name and "." not in name):
         return row.get(name)
     if "," in name:
         return {part: _value(row, part) for part in name.split(",")}
     column, _, rest = name.partition(".")
     inner = row.get(column)
+    if _is_list(inner):
+        return [_value(each, rest) if isinstance(each, Mapping) else None for each in inner]
     return _value(inner, rest) if isinstance(inner, Mapping) else None

@@ -1,6 +1,6 @@
 """Rows of prompts, responses and conversations of other projects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.data.messages import is_transcript, message_list, transcript
@@ -100,7 +100,7 @@ def _ratings(row: SourceRow) -> list[PersonLabel]:
     for role in ("score", "label"):
         is_explicit = role in row.options.columns
         try:
-            column, values = row.column(role), several_labels(row.peek(role), name)
+            column, values = row.title(role), several_labels(row.peek(role), name)
             labels = [score_label(value, who, mapping, column) for value, who in values]
         except UserError:
             # A column that the user has not named may be something else, such as a category.
@@ -145,7 +145,7 @@ def completions(row: SourceRow) -> list[LabeledRecord]:
     entries = row.get("completions")
     if not isinstance(entries, list) or not entries:
         raise UserError("completions must be a list of at least one answer")
-    check_context(row)
+    annotator, column, ratings = _ratings_of_completions(row, entries)
     prompt = _prompt(row, opening)
     records: list[LabeledRecord] = []
     for place, item in enumerate(entries):
@@ -154,13 +154,36 @@ def completions(row: SourceRow) -> list[LabeledRecord]:
         if not isinstance(text, str):
             raise UserError(f"entry {place + 1} of completions has no response")
         source = str(answer.get("model") or row.source)
-        score = answer.get("overall_score", answer.get("score"))
-        labels = []
-        if isinstance(score, int | float):
-            labels = [score_label(score, "overall_score", {}, "overall_score")]
+        values = several_labels(ratings[place], annotator)
+        labels = [score_label(value, who, row.options.labels, column) for value, who in values]
         name = hash_id(prompt.id, text, source)
         records.append(LabeledRecord(Response(name, prompt, text, source), labels))
     return records
+
+
+def _ratings_of_completions(
+    row: SourceRow, entries: Sequence[Any]
+) -> tuple[str | None, str, Sequence[Any]]:
+    """Return the annotator, the name of the column of the ratings, and the rating of each entry."""
+    annotator = row.get("annotator") if "annotator" in row.options.columns else None
+    name = None if annotator is None else str(annotator)
+    if "score" not in row.options.columns:
+        default = next((n for n in ("overall_score", "score") if _has(entries, n)), "score")
+        ratings = [mapping_of(entry, "an entry of completions").get(default) for entry in entries]
+        return name, f"completions.{default}", ratings
+    column, ratings = row.title("score"), row.get("score")
+    if ratings is None:
+        return name, column, [None] * len(entries)
+    if not isinstance(ratings, list) or len(ratings) != len(entries):
+        raise UserError(
+            f"{column} must have one rating for each of the {len(entries)} completions, as "
+            "completions.overall_score has"
+        )
+    return name, column, ratings
+
+
+def _has(entries: Sequence[Any], name: str) -> bool:
+    return any(isinstance(entry, Mapping) and entry.get(name) is not None for entry in entries)
 
 
 def arena_hard(row: SourceRow) -> list[LabeledRecord]:

@@ -94,6 +94,10 @@ class SourceRow:
         self._values, self._roles, self._read = values, roles, set[str]()
         self.options = options or ReadOptions()
         self.omissions: list[str] = []
+        for role in ("source", "id", "prompt_id"):
+            value = self.peek(role) if role in self.options.columns else None
+            if isinstance(value, Mapping | list):
+                raise UserError(f"{self.title(role)} must be one value, not {value!r:.60}")
         self.source = str(self.get("source") or source)
 
     def get(self, role: str) -> Any:
@@ -120,6 +124,11 @@ class SourceRow:
         if role in self._roles:
             return self._roles[role]
         return find_column(role, self._values, self.options.columns) or role
+
+    def title(self, role: str) -> str:
+        """Return the name of the column that plays a role, as the file has it."""
+        column = self.column(role)
+        return self.options.columns.get(column, column)
 
     def metadata(self) -> dict[str, Any]:
         """Return the columns that were not read and have a value, as JSON values."""

@@ -16,6 +16,16 @@ from alignment.records import Outcome, Pair, Prompt, Response, Side
 from megatron_ext.data.row_files import MalformedRow
 from megatron_ext.errors import UserError
 
+RATED = {"prompt": "Q", "response": "A", "meta": {"rating": 3, "by": {"name": "ann"}}}
+ULTRAFEEDBACK = {
+    "instruction": "Q", "models": ["m", "n"], "completions": [
+        {"model": "m", "response": "A", "overall_score": 1, "helpfulness": 9,
+         "annotations": {"honesty": {"Rating": "5"}}},
+        {"model": "n", "response": "B", "overall_score": 2, "helpfulness": 4,
+         "annotations": {"honesty": {"Rating": "3"}}},
+    ],
+}  # fmt: skip
+
 
 def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
@@ -235,6 +245,55 @@ def test_completions_of_ultrafeedback_are_responses_with_scores(tmp_path: Path) 
     assert first.record.prompt == second.record.prompt
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.parquet"])
+@pytest.mark.parametrize(
+    "column, scores",
+    [
+        ("completions.helpfulness", [9, 4]),
+        ("completions.overall_score", [1, 2]),
+        ("completions.annotations.honesty.Rating", [5, 3]),
+    ],
+)
+def test_named_ratings_of_completions_are_read(
+    column: str, scores: list[int], name: str, tmp_path: Path
+) -> None:
+    items = read(written(tmp_path, [ULTRAFEEDBACK], name), f"score={column}")
+    assert [[label.score for label in item.labels] for item in items] == [[s] for s in scores]
+
+
+def test_columns_that_are_no_ratings_of_completions_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path, [ULTRAFEEDBACK | {"mean": 3}])
+    [texts] = read(file, "score=models")
+    assert isinstance(texts, MalformedRow) and "the rating 'm' in models is neither" in str(texts)
+    [single] = read(file, "score=mean")
+    assert "mean must have one rating for each of the 2 completions" in str(single)
+    [source] = read(file, "source=completions.model")
+    assert "completions.model must be one value" in str(source)
+
+
+def test_named_fields_of_lists_are_ratings_by_several_people(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "response": "A", "ratings": [{"value": 4}, {"value": None}, {"value": 2}]}
+    [item] = read(written(tmp_path, [row]), "score=ratings.value")
+    assert [label.score for label in item.labels] == [4, 2]
+
+
+def test_named_prompt_is_read_next_to_a_conversation(tmp_path: Path) -> None:
+    [item] = read(written(tmp_path, [{"title": "Q", "messages": OPENAI}]), "prompt=title")
+    assert plain(item.record) == Q
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"Instruction": "I", "Input": "C", "Output": "A"}, ()),
+        ({"task": "I", "more": "C", "out": "A"}, ("prompt=task", "input=more", "response=out")),
+    ],
+)
+def test_input_follows_the_instruction(row: Any, columns: tuple[str, ...], tmp_path: Path) -> None:
+    [item] = read(written(tmp_path, [row]), *columns)
+    assert plain(item.record) == [("user", "I\n\nC"), ("assistant", "A")]
+
+
 def test_columns_are_named_by_their_roles(tmp_path: Path) -> None:
     rows = [{"Frage": "Q", "meta": {"reply": "A", "n": 1}, "gold": "4", "id": 7}]
     file = written(tmp_path, rows, "mine.parquet")
@@ -256,6 +315,24 @@ def test_columns_are_named_by_their_roles(tmp_path: Path) -> None:
         ({"prompt": "P", "response": "A", "completion": "B"}, (), "may be the response"),
         ({"prompt": "P"}, ("prompt",), "must have the form OURS=THEIRS"),
         ({"frage": "Q"}, ("promt=frage",), r"Name them with --columns prompt=frage\."),
+        (RATED, ("score=meta.raitng",),
+         r"no field 'raitng' in the column meta; its fields are rating, by\..*mean meta\.rating\?"),
+        (RATED, ("score=mta.rating",), r"no column 'mta\.rating'.*Did you mean meta\.rating\?"),
+        (RATED, ("score=meta.by.nme",), r"'nme' in the column meta\.by;.*mean meta\.by\.name\?"),
+        (RATED, ("score=prompt.rating",), r"no fields in the column prompt\. Name the column"),
+        (RATED, ("score=meta.rating,meta.ratin",), "Did you mean meta.rating"),
+        (RATED, ("score=meta.rating", "label=meta.by"), "both name the ratings"),
+        (ULTRAFEEDBACK, ("score=completions.nonsense",),
+         "no field 'nonsense' in the column completions; its fields are model, response, "),
+        (ULTRAFEEDBACK, ("score=completions.helpfulnes",), r"mean completions\.helpfulness\?"),
+        (ULTRAFEEDBACK, ("label=models",), "completions.*which have no label.*score, annotator"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "n": 1}, ("score=n",), "have no score"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "n": 1}, ("label=n",), "have no label"),
+        ({"prompt": "Q", "answer_a": "A", "answer_b": "B", "n": 1}, ("score=n",), "have no score"),
+        ({"prompt": "Q", "n": 1}, ("score=n",), "read as prompts .* have no score"),
+        ({"prompt": "Q", "n": "C", "answer": "A"}, ("input=n",), "have no input"),
+        ({"uid": "1", "category": "c", "subcategory": "d", "prompt": "Q", "n": 1}, ("rubric=n",),
+         "have no rubric"),
     ],
 )  # fmt: skip
 def test_columns_that_are_missing_or_ambiguous_are_refused(
