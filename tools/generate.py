@@ -152,8 +152,10 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None) -> list[str]:
 
 
 def _tokenize(trained: "TrainedModel", text: str) -> list[int]:
+    from megatron_ext.data.document_tokens import DocumentTokens
+
     try:
-        return trained.tokenizer.tokenize(text)
+        return DocumentTokens(trained.tokenizer).prompt(text)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"The model's {trained.args.tokenizer_type} cannot tokenize the prompt {text!r}: "

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ext.data.document_tokens import DocumentTokens
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, UserError, run_tool_or_ranks
 from megatron_ext.inference.loading_flags import (
@@ -134,8 +135,9 @@ def _counted(
     """Yield domain number and tokens of each window, and display the progress."""
     length = trained.max_length
     if not domains:
+        encoder = DocumentTokens(trained.tokenizer)
         for text in texts.values():
-            tokens = trained.tokenizer.tokenize(text)
+            tokens = encoder.beginning(text)
             for start in range(0, len(tokens), length):
                 yield 0, tokens[start : start + length]
         return
@@ -203,7 +205,7 @@ def _write(
 
 def _routed(trained: "TrainedModel", name: str, text: str) -> RoutedText:
     try:
-        tokens = trained.tokenizer.tokenize(text)
+        tokens = DocumentTokens(trained.tokenizer).beginning(text)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"The model's {trained.args.tokenizer_type} cannot encode {name}: {error}"

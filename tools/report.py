@@ -113,12 +113,13 @@ def route_text(run_dir: Path, text: str) -> RoutedText:
         from megatron_ext.devices import activate
 
         activate()
+        from megatron_ext.data.document_tokens import DocumentTokens
         from megatron_ext.inference.loading import load_model
 
         trained = load_model(run_dir)
-        tokens = trained.tokenizer.tokenize(text[:_MAX_CHARACTERS])[: trained.max_length]
+        tokens = DocumentTokens(trained.tokenizer).beginning(text[:_MAX_CHARACTERS])
         try:
-            return route(trained, tokens)
+            return route(trained, tokens[: trained.max_length])
         except ValueError as error:
             raise UserError(f"The text cannot be routed: {error}") from error
 

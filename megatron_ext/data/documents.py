@@ -57,9 +57,41 @@ class ShardReader:
                 else:
                     yield from self._separated(raw, stream, self.layout.separator.encode())
             except BROKEN as error:
-                raise UserError(
-                    f"{self.shard.path} is truncated or broken: {error}. Copy it again."
-                ) from error
+                raise self._broken(error) from error
+
+    def pieces(self, size: int) -> Iterator[str]:
+        """Yield the unchanged text of a plain file in pieces of whole lines.
+
+        Args:
+            size: Smallest size of a piece but the last, in bytes.
+
+        Raises:
+            UserError: The file is broken or not UTF-8.
+        """
+        lines: list[bytes] = []
+        first, length = 1, 0
+        with open(self.shard.path, "rb") as raw:
+            try:
+                for _, line in self._numbered_lines(raw, decompressed(raw)):
+                    lines.append(line)
+                    length += len(line)
+                    if length >= size:
+                        yield self._piece(lines, first)
+                        lines, first, length = [], self.lines + 1, 0
+            except BROKEN as error:
+                raise self._broken(error) from error
+        yield self._piece(lines, first)
+
+    def _piece(self, lines: list[bytes], first: int) -> str:
+        text = _utf8(b"".join(lines), first)
+        if isinstance(text, MalformedRecord):
+            raise UserError(
+                f"{self.shard.path}, line {text.line}: {text.reason}. Correct or remove this line."
+            )
+        return text
+
+    def _broken(self, error: Exception) -> UserError:
+        return UserError(f"{self.shard.path} is truncated or broken: {error}. Copy it again.")
 
     def _numbered_lines(self, raw: BinaryIO, stream: io.BufferedIOBase) -> Iterator[
         tuple[bool, bytes]
@@ -193,9 +225,7 @@ class ShardReader:
                         else:
                             yield self._checked(text)
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{shard.path} is truncated or broken: {error}. Copy it again."
-                ) from error
+                raise self._broken(error) from error
 
 
 def _utf8(content: bytes, first_line: int) -> str | MalformedRecord:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ext.data.document_tokens import DocumentTokens
 from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.shards import TextFormat, expand_inputs, plan_shards
 from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
@@ -70,7 +71,7 @@ def _indexed(prefix: str) -> Iterator[np.ndarray[Any, Any]]:
 
 def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[Any, Any]]:
     layout = TextFormat()
-    end = [] if tokenizer.eod is None else [tokenizer.eod]
+    encoder = DocumentTokens(tokenizer)
     for shard in plan_shards(expand_inputs(inputs, flag), layout, _SHARD_BYTES):
         for document in ShardReader(shard, layout):
             if isinstance(document, MalformedRecord):
@@ -78,4 +79,4 @@ def _texts(inputs: list[str], tokenizer: Any, flag: str) -> Iterator[np.ndarray[
                     f"Line {document.line} of {shard.path} is malformed: {document.reason}. Fix or "
                     "remove it."
                 )
-            yield np.array(tokenizer.tokenize(document) + end, dtype=np.int64)
+            yield np.array(encoder.document(document), dtype=np.int64)

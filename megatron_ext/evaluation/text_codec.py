@@ -20,6 +20,7 @@ class TextCodec:
         self._transformers, self._megatron = of_transformers, of_megatron
         self.end: int | None
         self._begin: int | None = None
+        self._adds_end = False
         if of_transformers is None:
             self.end = self._prefix = of_megatron.eod
         else:
@@ -29,6 +30,7 @@ class TextCodec:
                 of_transformers("a", add_special_tokens=s).input_ids for s in (True, False)
             )
             self._begin = with_special[0] if with_special[:1] != plain[:1] else None
+            self._adds_end = with_special[-1:] != plain[-1:]
             self._prefix = empty_ids[0] if empty_ids else self.end
 
     @property
@@ -50,9 +52,10 @@ class TextCodec:
 
         Args:
             text: The text.
-            special: Whether the special tokens that the tokenizer adds around a text are included.
-                The first of them is not added to a text that begins with it, such as a rendered
-                chat.
+            special: Whether the special tokens that the tokenizer adds in front of a text are
+                included. The first of them is not added to a text that begins with it, such as a
+                rendered chat. A token that it adds at the end is left out, because what follows it
+                in training is another document.
 
         Raises:
             UserError: The tokenizer cannot encode the text.
@@ -61,7 +64,8 @@ class TextCodec:
             plain = self._transformers(text, add_special_tokens=False).input_ids
             if not special or (plain and plain[0] == self._begin):
                 return plain
-            return self._transformers(text).input_ids
+            ids = self._transformers(text).input_ids
+            return ids[:-1] if self._adds_end else ids
         try:
             return self._megatron.tokenize(text)
         except (ValueError, KeyError) as error:

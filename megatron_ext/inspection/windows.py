@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from megatron_ext.data.document_tokens import DocumentTokens
 from megatron_ext.data.documents import MalformedRecord, ShardReader
 from megatron_ext.data.shards import Shard, TextFormat, expand_inputs, format_of_suffix, plan_shards
 from megatron_ext.errors import UserError
 
-_PIECE = 1 << 16  # characters of plain text that are tokenized at once
+_PIECE = 1 << 16  # bytes of plain text that are tokenized at once
 
 
 class Window(NamedTuple):
@@ -43,29 +44,26 @@ class Domain:
         self.name = name
         self.shards: list[Shard] = []
         for path in expand_inputs(patterns, f"--domain {name}"):
-            # Plain text is read by lines to bound the memory, and joined again.
-            kind = format_of_suffix(path) or "text"
-            self.layout = TextFormat(kind, text_key, separator="\n")
+            self.layout = TextFormat(format_of_suffix(path) or "text", text_key)
             self.shards += plan_shards([path], self.layout, 1 << 62)
         self.size = sum(shard.size for shard in self.shards)
 
     def windows(self, tokenizer: Any, length: int) -> Iterator[Window]:
         """Yield windows of `length` tokens; the last one may be shorter.
 
-        As in training, windows contain consecutive documents, each followed by the tokenizer's end
-        of document.
+        As in training, windows contain consecutive documents, with the ids of `DocumentTokens`. A
+        plain file is one document; to bound the memory, it is tokenized in pieces of whole lines.
 
         Raises:
             UserError: A record is malformed.
         """
-        end = [] if tokenizer.eod is None else [tokenizer.eod]
+        encoder = DocumentTokens(tokenizer)
         pending: list[int] = []
         read = 0
         for shard in self.shards:
             reader = ShardReader(shard, self.layout)
-            for text, ends in _pieces(reader):
-                pending += tokenizer.tokenize(text) if text else []
-                pending += end if ends else []
+            for tokens in _tokens(reader, encoder):
+                pending += tokens
                 full_length = len(pending) // length * length
                 for start in range(0, full_length, length):
                     yield Window(pending[start : start + length], read + reader.consumed)
@@ -75,21 +73,16 @@ class Domain:
             yield Window(pending, read)
 
 
-def _pieces(reader: ShardReader) -> Iterator[tuple[str, bool]]:
-    """Yield texts, and whether each one ends a document."""
-    documents = _check_records(reader)
-    if reader.shard.format != "text":
-        yield from ((text, True) for text in documents)
+def _tokens(reader: ShardReader, encoder: DocumentTokens) -> Iterator[list[int]]:
+    """Yield the ids of the documents of a file, or of the pieces of its only document."""
+    if reader.shard.format == "text":
+        yield encoder.begin
+        for text in reader.pieces(_PIECE):
+            yield encoder.plain(text)
+        yield encoder.end
         return
-    lines: list[str] = []
-    characters = 0
-    for line in documents:
-        lines.append(line + "\n")
-        characters += len(line)
-        if characters >= _PIECE:
-            yield "".join(lines), False
-            lines, characters = [], 0
-    yield "".join(lines), True
+    for text in _check_records(reader):
+        yield encoder.document(text)
 
 
 def _check_records(reader: ShardReader) -> Iterator[str]:

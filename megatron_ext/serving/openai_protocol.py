@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.chat_templates import prompt_ids
+from megatron_ext.data.document_tokens import DocumentTokens
 from megatron_ext.errors import UserError
 from megatron_ext.hf.tokenizer_export import as_transformers
 from megatron_ext.inference.loading import TrainedModel
@@ -78,6 +79,7 @@ class RequestParser:
         template = chat_template or getattr(trained.tokenizer, "chat_template", None)
         self.chat_template: str | None = template
         self._chat_tokenizer = as_transformers(trained.tokenizer)
+        self._encoder = DocumentTokens(trained.tokenizer)
 
     def completion(self, body: Any) -> Call:
         """Parse a body of /v1/completions.
@@ -184,7 +186,7 @@ class RequestParser:
 
     def _tokenize(self, text: str) -> list[int]:
         try:
-            return self.trained.tokenizer.tokenize(text)
+            return self._encoder.prompt(text)
         except (ValueError, KeyError) as error:
             raise BadRequest(
                 f"The model's tokenizer cannot encode the prompt: {error}", "prompt"

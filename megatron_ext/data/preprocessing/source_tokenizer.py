@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import sentencepiece
 
+from megatron_ext.data.document_tokens import DocumentTokens
 from megatron_ext.data.preprocessing.encoding import DocumentEncoder
 from megatron_ext.data.preprocessing.fast_encoding import FastEncoder
 from megatron_ext.data.tokenizer_identity import tokenizer_digest, tokenizer_of_path
@@ -63,14 +64,10 @@ class SourceTokenizer:
         tokenizer: Any = MegatronTokenizer.from_pretrained(
             tokenizer_path=self.path, metadata_path={"library": library}
         )
+        encode = DocumentTokens(tokenizer, self.parse_special).document
         if library == "sentencepiece":
-            return lambda text: [*tokenizer.tokenize(text), tokenizer.eod], tokenizer.detokenize
+            return encode, tokenizer.detokenize
         inner = tokenizer._tokenizer.tokenizer
-        ends = inner("a").input_ids[-1:] == [tokenizer.eod]  # the tokenizer adds the end token
-
-        def encode(text: str) -> list[int]:
-            ids = inner(text, split_special_tokens=not self.parse_special, verbose=False).input_ids
-            return ids if ends else [*ids, tokenizer.eod]
 
         def decode(ids: list[int]) -> str:
             return inner.decode(
