@@ -5,6 +5,7 @@ The columns of a file determine its schema. A row without an id gets the hash of
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -165,6 +166,7 @@ class RecordFile:
         self.omissions: Counter[str] = Counter()
         self.metadata: Counter[str] = Counter()
         self.labels: Counter[str] = Counter()
+        self._rating_roles: set[str] = set()
 
     def read(
         self, report_progress: Callable[[int], None] = lambda consumed: None
@@ -189,6 +191,10 @@ class RecordFile:
             self.options.check(valid, self.path)
             self.schema, self.roles = self._find_schema(self.options.rename(valid[0]))
             self._check_roles(self.schema, self.roles)
+            if "score" in self.schema.further_roles:
+                for row in valid:
+                    with suppress(UserError):
+                        response_rows.note_ratings(self._source_row(row))
         for number, row in chain(first, rows):
             if isinstance(row, MalformedRow):
                 yield row
@@ -246,10 +252,9 @@ class RecordFile:
     def _convert(self, values: Mapping[str, Any], number: int) -> list[LabeledRecord]:
         assert self.schema is not None
         shadowed = self.options.shadowed(values)
-        values = self.options.rename(values)
-        if missing := [name for name in self.roles.values() if name not in values]:
+        row = self._source_row(values)
+        if missing := [name for name in self.roles.values() if name not in row.columns]:
             raise UserError(f"no {missing[0]!r}, which the rows before it have")
-        row = SourceRow(values, self.roles, self.source, self.options)
         records = self.schema.convert(row)
         if row.omissions or shadowed:
             self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
@@ -262,6 +267,10 @@ class RecordFile:
             for label in item.labels:
                 self.labels[label.annotator] += 1
         return [LabeledRecord(item.record, item.labels, number) for item in records]
+
+    def _source_row(self, values: Mapping[str, Any]) -> SourceRow:
+        values = self.options.rename(values)
+        return SourceRow(values, self.roles, self.source, self.options, self._rating_roles)
 
     @property
     def description(self) -> str:

@@ -115,11 +115,16 @@ def several_labels(value: Any, annotator: str | None) -> list[tuple[Any, str]]:
         annotator: Name of the annotator of the row; None where it names none.
     """
     if isinstance(value, Mapping):
-        return [(label, str(name)) for name, label in value.items() if label is not None]
+        return [(label, str(name)) for name, label in value.items() if not _is_missing(label)]
     if isinstance(value, list | tuple):
         names = [f"{PEOPLE}-{place}" for place in range(1, len(value) + 1)]
-        return [(label, name) for label, name in zip(value, names) if label is not None]
-    return [] if value in (None, "") else [(value, annotator or PEOPLE)]
+        return [(label, name) for label, name in zip(value, names) if not _is_missing(label)]
+    return [] if _is_missing(value) else [(value, annotator or PEOPLE)]
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell has no value; NaN is how tables of numbers store that."""
+    return value is None or value == "" or value != value
 
 
 def verdicts_of(

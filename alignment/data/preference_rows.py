@@ -28,6 +28,7 @@ _ENDS = re.compile(
     r"(?P<name>(?:response|answer|completion|output|conversation|assistant|human_ref)?)_?"
     r"(?P<end>first|second|left|right|[ab012])"
 )
+_BOOLEANS = {"": None, "true": True, "false": False}
 _WORDS = re.compile(r"[^\W\d_]+|\d+")
 _SIDES = (("first", "second"), ("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"))
 
@@ -218,6 +219,7 @@ def _is_tie(row: SourceRow) -> bool:
         UserError: A label has the wrong type, or the score of `chosen` is below that of `rejected`.
     """
     tie = row.get("tie")
+    tie = _BOOLEANS.get(tie.strip().lower(), tie) if isinstance(tie, str) else tie
     if tie not in (None, False, True):
         raise UserError("tie must be true or false")
     chosen, rejected = (_number(row, name) for name in ("score_chosen", "score_rejected"))
@@ -230,10 +232,15 @@ def _is_tie(row: SourceRow) -> bool:
 
 def _number(row: SourceRow, name: str) -> float | None:
     score = row.get(name)
-    number = isinstance(score, int | float) and not isinstance(score, bool)
-    if score is not None and not (number and math.isfinite(score)):
+    if score in (None, ""):
+        return None
+    try:
+        number = math.nan if isinstance(score, bool) else float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError("score_chosen and score_rejected must be finite numbers")
-    return score
+    return number
 
 
 def mapping_of(value: object, name: str) -> Mapping[str, object]:

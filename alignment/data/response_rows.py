@@ -1,6 +1,7 @@
 """Rows of prompts, responses and conversations of other projects."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from alignment.data.messages import is_transcript, message_list, transcript
@@ -15,6 +16,8 @@ from alignment.data.preference_rows import (
 from alignment.data.source_row import LabeledRecord, SourceRow, hash_id, prompt_of
 from alignment.records import Message, Prompt, Response
 from megatron_ext.errors import UserError
+
+_RATING_ROLES = ("score", "label")
 
 
 def answered(row: SourceRow) -> list[LabeledRecord]:
@@ -90,24 +93,46 @@ def _response(
     return LabeledRecord(Response(name, prompt, text, row.source), labels)
 
 
+def note_ratings(row: SourceRow) -> None:
+    """Add the roles whose column has ratings that can be read to the row's `rating_roles`."""
+    for role in _RATING_ROLES:
+        with suppress(UserError):
+            if _labels(row, role, None):
+                row.rating_roles.add(role)
+
+
+def _labels(row: SourceRow, role: str, annotator: str | None) -> list[PersonLabel]:
+    column, values = row.title(role), several_labels(row.peek(role), annotator)
+    return [score_label(value, who, row.options.labels, column) for value, who in values]
+
+
 def _ratings(row: SourceRow) -> list[PersonLabel]:
-    """Return the ratings of a response that can be read as such.
+    """Return the ratings of a response.
 
     The column stays in the metadata too, unless it is that of one of several annotators.
+
+    Raises:
+        UserError: A rating cannot be read.
     """
-    annotator, mapping = row.peek("annotator"), row.options.labels
+    annotator = row.peek("annotator")
     name = None if annotator is None else str(annotator)
-    for role in ("score", "label"):
+    for role in _RATING_ROLES:
         is_explicit = role in row.options.columns
         try:
-            column, values = row.title(role), several_labels(row.peek(role), name)
-            labels = [score_label(value, who, mapping, column) for value, who in values]
-        except UserError:
+            labels = _labels(row, role, name)
+        except UserError as error:
             # A column that the user has not named may be something else, such as a category.
-            if is_explicit or mapping:
+            if is_explicit or row.options.labels:
                 raise
+            if role in row.rating_roles:
+                column = row.title(role)
+                raise UserError(
+                    f"{error}; if {column} has no ratings, name it otherwise, as in --columns "
+                    f"other={column}"
+                ) from None
             continue
         if labels:
+            row.rating_roles.add(role)
             if name is not None or is_explicit:
                 row.get(role)
                 row.get("annotator")

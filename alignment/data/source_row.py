@@ -82,6 +82,7 @@ class SourceRow:
         source: Source of the row if it names none.
         options: How the file is read.
         omissions: Names of the columns and fields of the row that are left out.
+        rating_roles: Roles whose column has a rating that can be read in some row of the file.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class SourceRow:
         roles: Mapping[str, str],
         source: str,
         options: ReadOptions | None = None,
+        rating_roles: set[str] | None = None,
     ) -> None:
+        self.rating_roles = set[str]() if rating_roles is None else rating_roles
         self._values, self._roles, self._read = values, roles, set[str]()
         self.options = options or ReadOptions()
         self.omissions: list[str] = []

@@ -181,7 +181,9 @@ def with_field(**fields: Any) -> list[dict[str, Any]]:
         ({"prompt": ASKED[:1], "chosen": ASKED[2:], "rejected": ASKED[2:]}, "does not begin with"),
         ({"prompt": [*ASKED, turn("assistant", "A")], **ANSWERS}, "in a row"),
         (ULTRA | {"score_chosen": 5}, "score_chosen is below score_rejected"),
-        (ULTRA | {"score_chosen": "8"}, "must be finite numbers"),
+        (ULTRA | {"score_chosen": "8/10"}, "must be finite numbers"),
+        (ULTRA | {"score_chosen": True}, "must be finite numbers"),
+        (ULTRA | {"score_chosen": "5"}, "score_chosen is below score_rejected"),
         (ULTRA | {"tie": "no"}, "tie must be true or false"),
     ],
 )  # fmt: skip
@@ -203,8 +205,9 @@ def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path
     [response] = read_records(written(tmp_path, [row]))
     assert isinstance(response, Response) and response.text == ""
     assert response.prompt.messages == (Message("system", ""), Message("user", "Q"))
-    [tie] = read_records(written(tmp_path, [ULTRA | {"tie": True}]))
-    assert isinstance(tie, Pair) and tie.preferred is None
+    for equal in ({"tie": True}, {"tie": "True"}, {"score_chosen": "5.5"}):
+        [tie] = read_records(written(tmp_path, [ULTRA | equal]))
+        assert isinstance(tie, Pair) and tie.preferred is None
 
 
 def test_further_columns_become_metadata_and_are_counted(tmp_path: Path) -> None:
