@@ -256,6 +256,8 @@ class RecordFile:
         if missing := [name for name in self.roles.values() if name not in row.columns]:
             raise UserError(f"no {missing[0]!r}, which the rows before it have")
         records = self.schema.convert(row)
+        for item in records:
+            _check_texts(item.record, self.roles)
         if row.omissions or shadowed:
             self.omissions.update(dict.fromkeys([*row.omissions, *shadowed], 1))
         record = records[0].record
@@ -301,6 +303,24 @@ class RecordFile:
         column = self.roles.get("response", "reference")
         answer = {"reference": record.text, self.options.columns.get(column, column): record.text}
         return replace(record.prompt, metadata=answer | dict(record.prompt.metadata))
+
+
+def _check_texts(record: Record, roles: Roles) -> None:
+    """Check that neither the prompt of a record nor a response is empty.
+
+    Raises:
+        UserError: One has no text but white space.
+    """
+    assert not isinstance(record, Verdict)
+    prompt = record if isinstance(record, Prompt) else record.prompt
+    last = prompt.messages[-1]
+    if last.role == "user" and not last.content.strip():  # a tool may print nothing
+        raise UserError("the prompt is empty")
+    if isinstance(record, Response) and not record.text.strip():
+        raise UserError("the response is empty")
+    if isinstance(record, Pair) and not (record.first.strip() and record.second.strip()):
+        sides = ("chosen", "rejected") if "chosen" in roles else ("first", "second")
+        raise UserError(f"the {sides[0]} or the {sides[1]} response is empty")
 
 
 def _fits_named(schema: DatasetSchema, columns: Collection[str], explicit: Collection[str]) -> bool:

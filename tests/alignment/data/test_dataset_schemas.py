@@ -33,7 +33,7 @@ ULTRA = {
 }  # fmt: skip
 HH = {
     "chosen": "\n\nHuman: Hi,\n\nsee: Human: x\n\nAssistant: What?\n\nHuman: Go\n\nAssistant: Ok.",
-    "rejected": "\n\nHuman: Hi,\n\nsee: Human: x\n\nAssistant: What?\n\nHuman: Go\n\nAssistant: ",
+    "rejected": "\n\nHuman: Hi,\n\nsee: Human: x\n\nAssistant: What?\n\nHuman: Go\n\nAssistant: No",
 }
 
 
@@ -65,7 +65,7 @@ def test_preferences(suffix: str, tmp_path: Path) -> None:
     assert ultra.prompt.id == "abc" and chosen(ultra) == ("Blue.", "No.")
     assert equal.preferred is None
     [hh] = read_records(written(tmp_path, [HH], suffix))
-    assert isinstance(hh, Pair) and hh.source == "mine" and chosen(hh) == ("Ok.", "")
+    assert isinstance(hh, Pair) and hh.source == "mine" and chosen(hh) == ("Ok.", "No")
     contents = [(message.role, message.content) for message in hh.prompt.messages]
     assert contents == [("user", "Hi,\n\nsee: Human: x"), ("assistant", "What?"), ("user", "Go")]
     [text] = read_records(written(tmp_path, [{"prompt": "P", "chosen": "C", "rejected": "R"}]))
@@ -104,6 +104,7 @@ def test_side_of_the_chosen_response_is_random(tmp_path: Path) -> None:
         (TULU | {"chosen": [*ASKED, turn("assistant", None)]}, "must be text, not null"),  # type: ignore[arg-type]
         (TULU | {"chosen": None}, "chosen must be a list of messages or text, not null"),
         (HH | {"rejected": "No."}, "a transcript begins with"),
+        (HH | {"rejected": f"{HH['rejected'][:-2]}"}, "the chosen or the rejected response is em"),
         (HH | {"rejected": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}, "two turns of Human"),
     ],
 )
@@ -196,14 +197,14 @@ def test_value_that_a_record_cannot_store_is_refused_with_its_reason(
 
 def test_empty_fields_of_messages_and_rows_take_nothing_from_them(tmp_path: Path) -> None:
     message: dict[str, Any] = {
-        **turn("assistant", ""),
+        **turn("assistant", "A"),
         "tool_calls": [],
         "name": None,
         "reasoning_content": "",
     }
     row = {"messages": [turn("system", ""), turn("user", "Q"), message], "tools": [], "system": ""}
     [response] = read_records(written(tmp_path, [row]))
-    assert isinstance(response, Response) and response.text == ""
+    assert isinstance(response, Response) and response.text == "A"
     assert response.prompt.messages == (Message("system", ""), Message("user", "Q"))
     for equal in ({"tie": True}, {"tie": "True"}, {"score_chosen": "5.5"}):
         [tie] = read_records(written(tmp_path, [ULTRA | equal]))
@@ -226,7 +227,7 @@ def test_the_convention_is_that_of_the_first_row_that_can_be_read(tmp_path: Path
     file = tmp_path / "rows.jsonl"
     file.write_text('{"cut": \n' + json.dumps(HH))
     malformed, pair = read_records(file)
-    assert isinstance(malformed, MalformedRow) and chosen(pair) == ("Ok.", "")
+    assert isinstance(malformed, MalformedRow) and chosen(pair) == ("Ok.", "No")
 
 
 def test_an_unknown_convention_is_refused_with_its_columns_and_those_that_are_known(

@@ -414,6 +414,37 @@ def test_rows_that_cannot_be_used_say_why(row: Any, reason: str, tmp_path: Path)
     assert reason in items[1].reason
 
 
+@pytest.mark.parametrize(
+    "row, part",
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": ""}, "the chosen or the rejected response"),
+        ({"prompt": "Q", "chosen": "   ", "rejected": "B"}, "the chosen or the rejected response"),
+        ({"prompt": "Q", "chosen": [turn("assistant", "A")], "rejected": [turn("assistant", "")]},
+         "the chosen or the rejected response"),
+        ({"prompt": "Q", "answer_a": "A", "answer_b": "\n"}, "the first or the second response"),
+        ({"prompt": "Q", "response": [turn("assistant", " ")]}, "the response"),
+        ({"prompt": "Q", "completions": [{"response": " "}]}, "the response"),
+        ({"messages": [turn("user", "Q"), turn("assistant", "")]}, "the response"),
+        ({"messages": "\n\nHuman: \n\nAssistant: A"}, "the prompt"),
+        ({"messages": [turn("system", "S"), turn("user", "")]}, "the prompt"),
+        ({"prompt": [turn("user", "")], "response": "A"}, "the prompt"),
+        ({"prompt": " \t", "response": "A"}, "the prompt"),
+        ({"prompt": "  ", "chosen": "A", "rejected": "B"}, "the prompt"),
+        ({"prompt": "  "}, "the prompt"),
+        ({"uid": "1", "category": "c", "subcategory": "d", "prompt": ""}, "the prompt"),
+    ],
+)  # fmt: skip
+def test_empty_texts_are_refused_in_every_schema(row: Any, part: str, tmp_path: Path) -> None:
+    [item] = read(written(tmp_path, [row]))
+    assert isinstance(item, MalformedRow) and item.reason == f"{part} is empty"
+
+
+def test_tool_that_printed_nothing_is_no_empty_prompt(tmp_path: Path) -> None:
+    messages = [turn("user", "Q"), turn("assistant", "B"), turn("tool", ""), turn("assistant", "A")]
+    [item] = read(written(tmp_path, [{"messages": messages}]))
+    assert item.record.text == "A"
+
+
 def test_mixed_schemas_in_one_file_are_named_by_row(tmp_path: Path) -> None:
     file = written(tmp_path, [{"prompt": "Q", "response": "A"}, {"messages": OPENAI}])
     with pytest.raises(UserError, match=r"mine\.jsonl, row 2: no 'prompt', which the rows before"):
