@@ -57,7 +57,7 @@ def run(config: MonitorConfig) -> int:
             return status
     verdicts = _gaming(responses, config.judge_verdicts) if config.judge_verdicts else None
     findings = Monitor(limits, reference).check_batch(responses, rewards, verdicts)
-    print("\n".join(_report(findings, limits)))
+    print("\n".join(_report(findings, limits, rewards)))
     if config.output:
         _write(Path(config.output), responses, findings)
     return ALARMED if config.fail_on_alarm and findings.alarms else 0
@@ -120,7 +120,9 @@ def _rewards(responses: Sequence[Response], file: str) -> list[float | None]:
     return [sum(each) / len(each) if each else None for each in of_each]
 
 
-def _report(findings: BatchFindings, limits: MonitorLimits) -> list[str]:
+def _report(
+    findings: BatchFindings, limits: MonitorLimits, rewards: Sequence[float | None] | None
+) -> list[str]:
     words = ", ".join(f"{name} {value:.0f}" for name, value in findings.words.items())
     lines = [
         f"{len(findings.flags):,} responses; words: {words}",
@@ -137,6 +139,11 @@ def _report(findings: BatchFindings, limits: MonitorLimits) -> list[str]:
     figures = ["-" if x is None else f"{x:.2f}" for x in (value, limit)]
     alarm = "ALARM" if CORRELATION in findings.alarms else ""
     lines.append(f"{CORRELATION:26}{figures[0]:>8}{figures[1]:>8}  {alarm}".rstrip())
+    if rewards and (unscored := rewards.count(None)):
+        lines.append(
+            f"{unscored:,} of {len(rewards):,} responses have no score in --verdicts; "
+            f"{CORRELATION} is of the others"
+        )
     if findings.unjudged:
         lines.append(
             f"{findings.unjudged:,} responses have no verdict of the judge; the share of {JUDGE} "

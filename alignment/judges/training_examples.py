@@ -1,5 +1,6 @@
 """Training examples of a judge: items with the labels, and possibly the thinking, of gold."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from alignment.judges.questions import Judgeable, Question
 from alignment.judges.results import commonest, reasons_of, require_usable
 from alignment.record_files import read_all
 from alignment.records import Outcome, Pair, Response, Verdict
+from megatron_ext.console import console
 from megatron_ext.errors import UserError
 
 
@@ -46,19 +48,22 @@ def read_labeled_questions(
 ) -> list[LabeledQuestion]:
     """Return the items of files with their gold verdicts, except those without a judgment.
 
+    A line on the console says how many items have no verdict, and how many verdicts no judgment.
+
     Args:
         items: Files of responses, or of pairs.
         gold: Files of verdicts on them, or with labels of people. Verdicts on other items are not
             used.
         mirror: Whether a pair that was judged in one order has the same judgment in the other.
         scale: The lowest and the highest score of gold's scale. Default: 0 and 9.
-        max_left_out: Share of the verdicts that may have no judgment.
+        max_left_out: Share that may be left out: items without a verdict, and verdicts without a
+            judgment.
         options: How files of other projects are read. A limit counts the items.
 
     Raises:
         UserError: If a file cannot be used, a score is outside of the scale, no verdict is about an
             item, or there is only one label.
-        TooFewResults: If more verdicts have no judgment.
+        TooFewResults: If more are left out.
     """
     items_by_id: dict[str, Judgeable] = {}
     options = options or ReadOptions()
@@ -96,8 +101,18 @@ def read_labeled_questions(
         for v in verdicts
         if v.judged
     ]
-    limit = min(max_left_out, 1 - 1 / len(verdicts))  # at least one judgment
-    require_usable(reasons_of(verdicts), len(verdicts), limit, "verdicts of --gold")
+    missing = len(items_by_id) - len({v.item for v in verdicts})
+    reasons, total = reasons_of(verdicts), len(verdicts) + missing
+    if (missing or reasons) and os.environ.get("RANK", "0") == "0":
+        console.line(
+            f"{missing:,} of {len(items_by_id):,} items of {', '.join(map(str, items))} have no "
+            f"verdict in --gold, and {len(reasons):,} of {len(verdicts):,} verdicts have no "
+            "judgment. They are left out."
+        )
+    limit = min(max_left_out, 1 - 1 / total)  # at least one judgment
+    reasons += ["no verdict in --gold"] * missing
+    what = "examples of --input and --gold" if missing else "verdicts of --gold"
+    require_usable(reasons, total, limit, what)
     pairwise = isinstance(rows[0].question.item, Pair)
     wrong = next((row for row in rows if (row.gold.outcome is Outcome.SCORE) == pairwise), None)
     if wrong is not None:

@@ -62,6 +62,9 @@ def test_shares_limits_and_alarms_are_shown_and_written(
     [correlation] = [line for line in lines if line.startswith("reward_length_correlation")]
     # The mean of its two scores puts r8 between r0 and r1, as its words do.
     assert correlation.split()[1:] == ["1.00", "0.60", "ALARM"]
+    assert (
+        "1 of 10 responses have no score in --verdicts; reward_length_correlation is" in done.stdout
+    )
     [verbose] = [line for line in lines if line.startswith("verbose")]
     assert verbose.split() == ["verbose", "0.0%", "-"]
     written = [json.loads(line) for line in output.read_text().splitlines()]

@@ -92,6 +92,27 @@ def test_too_many_gold_verdicts_without_a_judgment_are_refused(
         main([*flags, "--max-left-out", "1"])
 
 
+def test_training_counts_items_without_a_verdict(
+    tmp_path: Path, judging: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from alignment.commands.train_judge import main
+
+    verdicts = gold(responses(20))
+    verdicts[0] = Verdict(verdicts[0].item, Outcome.FAILED, reason="cut off")
+    file = write_rows(tmp_path / "gold.jsonl", verdicts[:8])
+    with pytest.raises(
+        TooFewResults,
+        match=r"13 of 20 examples of --input and --gold are left out, more than --max-left-out 0.2;"
+        r" most often: no verdict in --gold \(12 times\)",
+    ):
+        main([*judging, "--gold", str(file)])
+    assert "12 of 20 items" in capsys.readouterr().out
+    rows = read_labeled_questions([str(tmp_path / "items.jsonl")], [str(file)], True, None, 0.65)
+    assert len(rows) == 7
+    printed = capsys.readouterr().out
+    assert "have no verdict in --gold, and 1 of 8 verdicts have no judgment" in printed
+
+
 def test_training_refuses_mostly_too_long_examples(tmp_path: Path, judging: list[str]) -> None:
     from alignment.commands.train_judge import main
 
