@@ -25,7 +25,7 @@ from alignment.statistics.bootstrap import LEVEL, Indices, estimates
 from alignment.statistics.judge_difference import (
     AgreementDifference,
     agreement_differences,
-    judged_by_both,
+    compared_items,
 )
 from alignment.statistics.slices import keys_of, read_items
 from alignment.statistics.verdict_alignment import (
@@ -68,6 +68,7 @@ def run(config: AgreementConfig) -> None:
     for other, name in zip(verdicts[1:], names[1:]):
         shared = set(shared_items(verdicts[0], other, config.common, [names[0], name]))
         items = [item for item in items if item in shared]
+    omitted = [len(each) - len(items) for each in verdicts]
     items = items[: config.rows.limit]
     # A limit counts the items that are compared, not those of --items.
     options = replace(config.rows.options, limit=None)
@@ -106,10 +107,14 @@ def run(config: AgreementConfig) -> None:
                 config.resamples, seed=config.seed, permutations=config.resamples,
                 use_mean=config.label == "mean", advance=lambda: progress.update(next(done)),
             )  # fmt: skip
+    if any(omitted):
+        counts = [f"{n:,} of the {len(v):,} items of {name}"
+                  for n, v, name in zip(omitted, verdicts, names) if n]  # fmt: skip
+        print(f"--common omits {', '.join(counts)}, which the others lack.\n")
     print(table(judges[0].pairwise, overall, parts))
     if differences:
-        both = len(judged_by_both(judges[1], judges[2]))
-        print("\n" + difference_table(differences, names, both))
+        compared_by_all = compared_items(judges[0], (judges[1], judges[2]), config.label == "mean")
+        print("\n" + difference_table(differences, names, len(compared_by_all)))
     if config.output:
         _write(Path(config.output), compared, names, overall, parts, differences, config)
     if not overall.judged_by_both:

@@ -4,7 +4,7 @@
     et-align agreement GOLD.jsonl JUDGE.jsonl OTHER.jsonl
 
 With a third file, the command also compares the second and third judge: the difference between
-their agreements with the first, over the items that both judged, with a paired bootstrap interval
+their agreements with the first, over the items that all judged, with a paired bootstrap interval
 and the p-value of a permutation test that exchanges the two judges.
 
 Prints every statistic with a bootstrap interval, and writes agreement.json and agreement.png to

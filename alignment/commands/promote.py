@@ -13,7 +13,7 @@ from alignment.judges.results import reasons_of, require_results
 from alignment.rounding import EXACT, Floats, exceeds
 from alignment.statistics.agreement_text import aligned, cells
 from alignment.statistics.bootstrap import Estimate
-from alignment.statistics.judge_difference import agreement_differences, judged_by_both
+from alignment.statistics.judge_difference import agreement_differences, compared_items
 from alignment.statistics.slices import read_items
 from alignment.statistics.verdict_alignment import (
     AlignedVerdicts,
@@ -136,7 +136,7 @@ def compare(
     result = agreement_differences(judges[0], pair, [name], keys, resamples)[name]
     lost = [float(_unjudged(j).sum() / j.verdicts.sum()) for j in judges[1:]]
     return JudgeComparison(
-        len(judged_by_both(*pair)), (lost[0], lost[1]), result.first, result.second,
+        len(compared_items(judges[0], pair)), (lost[0], lost[1]), result.first, result.second,
         result.difference,
     )  # fmt: skip
 

@@ -65,7 +65,9 @@ class AgreementData:
         return {
             "alpha_interval": _both(_alpha("interval"), a, b),
             "alpha_nominal": _both(_alpha("nominal"), *labels_rounded),
-            "quadratic_kappa": _both(coefficients.quadratic_kappa, *labels_rounded),
+            "quadratic_kappa": _both(
+                _if_gold_varies(coefficients.quadratic_kappa), *labels_rounded
+            ),
             "spearman": _both(coefficients.spearman, a, b),
             "kendall": _both(coefficients.kendall, a, b),
             "exact": _both(coefficients.exact, *labels_rounded),
@@ -80,7 +82,7 @@ class AgreementData:
         return {
             "accuracy": partial(_accuracy, sides[0], self.b),
             "alpha_nominal": _both(_alpha("nominal"), *sides),
-            "kappa": _both(coefficients.kappa, *sides),
+            "kappa": _both(_if_gold_varies(coefficients.kappa), *sides),
             "exact": _both(coefficients.exact, *sides),
             "calibration_error": _both(probability, self.a.mean, self.b.mean),
         }
@@ -135,6 +137,17 @@ def judge_measures(judge: AlignedVerdicts) -> dict[str, Figure]:
             "shown_first_rate": partial(_shown_first, judge),
         }
     return measures
+
+
+def _if_gold_varies(kappa: Callable[[Floats, Floats], float]) -> Callable[[Floats, Floats], float]:
+    """Return κ that is undefined if gold gives one label, for which it is 0 by construction."""
+
+    def checked(a: Floats, b: Floats) -> float:
+        if len(a) and coefficients.is_constant(a) and not coefficients.is_constant(b):
+            raise Undefined(f"the first gives only the label {a[0]:g}, so that κ is always 0")
+        return kappa(a, b)
+
+    return checked
 
 
 def rounded(scores: Floats) -> Floats:

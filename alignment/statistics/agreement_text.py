@@ -87,7 +87,7 @@ def difference_table(
     Args:
         differences: Differences by measure, the main one first.
         names: Names of the three judges or of their files.
-        items: Number of items that both judges judged.
+        items: Number of items that all three judged.
     """
     main, result = next(iter(differences.items()))
     change = result.difference
@@ -105,7 +105,8 @@ def difference_table(
             f"{change.value:+.3f} (95 % interval {change.low:+.3f} to {change.high:+.3f}{p})"
         )
     header = [
-        f"on {items:,} items that both judged", "second", "", "third", "", "difference", "", "p",
+        f"on {items:,} items that all three judged",
+        "second", "", "third", "", "difference", "", "p",
     ]  # fmt: skip
     rows = [
         [

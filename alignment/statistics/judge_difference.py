@@ -42,6 +42,21 @@ def judged_by_both(first: AlignedVerdicts, second: AlignedVerdicts) -> Indices:
     return np.flatnonzero(unjudged == 0)
 
 
+def compared_items(
+    gold: AlignedVerdicts, judges: tuple[AlignedVerdicts, AlignedVerdicts], use_mean: bool = False
+) -> Indices:
+    """Return the indices of the items that have a label of gold and that both judges judged.
+
+    Args:
+        gold: Verdicts of the gold judge.
+        judges: Verdicts of the two judges on the same items.
+        use_mean: Whether the label of an item is the mean of its answers instead of the first one.
+    """
+    labeled = ~np.isnan(gold.mean if use_mean else gold.single)
+    both = judged_by_both(*judges)
+    return both[labeled[both]]
+
+
 def agreement_differences(
     gold: AlignedVerdicts,
     judges: tuple[AlignedVerdicts, AlignedVerdicts],
@@ -54,7 +69,7 @@ def agreement_differences(
     use_mean: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, AgreementDifference]:
-    """Compare the agreement of two judges with gold, on the items that both judged.
+    """Compare the agreement of two judges with gold, on the items that all three judged.
 
     The interval of a difference is a paired bootstrap: each resample draws items with the verdicts
     of both judges. The test exchanges the judges' verdicts on randomly chosen groups of items, in
@@ -71,7 +86,7 @@ def agreement_differences(
         use_mean: Whether the label of an item is the mean of its answers instead of the first one.
         advance: Function that is called before each resample.
     """
-    shared = judged_by_both(*judges)
+    shared = compared_items(gold, judges, use_mean)
     groups = [shared[group] for group in groups_of([keys[place] for place in shared])]
 
     def measures(judge: AlignedVerdicts) -> dict[str, Callable[[Indices], float]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +27,12 @@ class Slice:
     Attributes:
         keys: Function that returns the slice of every item, from the verdicts and the items.
         needs_items: Whether `keys` needs the items; if not, it accepts an empty sequence.
+        order: Function that returns by what the slices are sorted. Default: by their names.
     """
 
     keys: Callable[[AgreementData, Sequence[Judgeable]], list[str]]
     needs_items: bool = True
+    order: Callable[[str], Any] = str
 
 
 def _of_gold(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]:
@@ -47,6 +50,10 @@ def _of_length(compared: AgreementData, items: Sequence[Judgeable]) -> list[str]
     return [names[int(np.searchsorted(cuts, count))] for count in words]
 
 
+def _most_words(name: str) -> float:
+    return math.inf if name == "longer" else float(name.split()[2])
+
+
 def _text(item: Judgeable) -> str:
     return item.text if isinstance(item, Response) else f"{item.first} {item.second}"
 
@@ -56,7 +63,7 @@ SLICES = {
     "prompt-source": Slice(
         lambda compared, items: [item.prompt.source or "none" for item in items]
     ),
-    "length": Slice(_of_length),
+    "length": Slice(_of_length, order=_most_words),
     "gold": Slice(_of_gold, needs_items=False),
 }
 
@@ -95,4 +102,5 @@ def keys_of(
     keys = SLICES[name].keys(compared, items or ())
     frequent = set(largest(keys, max_slices))
     keys = [key if key in frequent else "others" for key in keys]
-    return {keys[group[0]]: group for group in sorted(groups_of(keys), key=lambda g: keys[g[0]])}
+    groups = {keys[group[0]]: group for group in groups_of(keys)}
+    return {key: groups[key] for key in sorted(groups, key=SLICES[name].order)}

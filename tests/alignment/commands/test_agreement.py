@@ -147,9 +147,29 @@ def test_incomparable_runs_are_refused_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_items_of_both_files_are_compared_on_demand(tmp_path: Path) -> None:
+def test_items_of_both_files_are_compared_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = measured(tmp_path, scores([1, 2, 3, 4]), scores([1, 2]), "--common")
     assert result["all"]["items"] == 2 and result["all"]["agreement"]["exact"]["value"] == 1
+    output = capsys.readouterr().out
+    assert f"--common omits 2 of the 4 items of {tmp_path / 'a.jsonl'}, which" in output
+    measured(tmp_path, scores([1, 2, 3]), scores([1, 2, 3]), "--common")
+    assert "omits" not in capsys.readouterr().out
+
+
+def test_kappa_of_items_with_one_label_of_gold_is_undefined(tmp_path: Path) -> None:
+    first, second = scores([3, 3, 3, 5, 5, 5]), scores([3, 4, 5, 5, 5, 6])
+    result = measured(tmp_path, first, second, "--slice", "gold")
+    for label, part in result["slices"]["gold"].items():
+        kappa = part["agreement"]["quadratic_kappa"]
+        assert (
+            kappa["value"] is None and f"the first gives only the label {label}" in kappa["reason"]
+        )
+    assert result["all"]["agreement"]["quadratic_kappa"]["value"] == pytest.approx(
+        cohen_kappa_score([3, 3, 3, 5, 5, 5], [3, 4, 5, 5, 5, 6], labels=range(10),
+                          weights="quadratic")
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -185,7 +205,7 @@ def test_slices_by_length_are_called_by_the_longest_that_they_may_hold(tmp_path:
     flags = ["--items", write(tmp_path / "items.jsonl", items), "--slice", "length"]
     result = measured(tmp_path, scores([1, 2, 3, 4, 5, 6]), scores([1, 2, 3, 4, 5, 6]), *flags)
     slices = {name: part["items"] for name, part in result["slices"]["length"].items()}
-    assert slices == {"up to 10 words": 2, "up to 14 words": 2, "longer": 2}
+    assert list(slices.items()) == [("up to 10 words", 2), ("up to 14 words", 2), ("longer", 2)]
 
 
 def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -220,9 +240,13 @@ def test_a_third_judge_is_compared_with_the_second(
     assert result["p"] == pytest.approx(1 / 21)  # none of 20 permutations is as extreme
     output = capsys.readouterr().out
     assert f"{third} agrees with {tmp_path / 'a.jsonl'} more than {tmp_path / 'b.jsonl'}" in output
-    assert "on 79 items that both judged" in output
+    assert "on 79 items that all three judged" in output
+    without_gold = [None if i < 60 else x for i, x in enumerate(gold.tolist())]
+    write(tmp_path / "a.jsonl", scores(without_gold))
+    main([*files, third, "--resamples", "20", "--output", str(tmp_path / "out")])
+    assert "on 20 items that all three judged" in capsys.readouterr().out
     main([third, str(tmp_path / "a.jsonl")])  # two files have no such table
-    assert "both judged  " not in capsys.readouterr().out
+    assert "three judged  " not in capsys.readouterr().out
 
 
 def test_a_file_twice_and_a_scale_without_a_file_are_refused(tmp_path: Path) -> None:
