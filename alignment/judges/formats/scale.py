@@ -1,6 +1,7 @@
 """Scale of scores: the score of every verdict lies between 0 and 9."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from alignment.data.read_options import ReadOptions
 from alignment.data.source_row import LabeledRecord
 from alignment.record_files import read_all, read_labeled
 from alignment.records import Pair, Response, Verdict
+from megatron_ext.console import console
 from megatron_ext.data.row_files import MalformedRow, expand_row_files, read_rows
 from megatron_ext.errors import UserError
 
 LOW, HIGH = 0.0, 9.0
+_FEWEST_SCORES = 10  # fewer may be between 0 and 1 by chance
 _ROUNDING = 1e-6  # share of the length of a scale by which a score may exceed its ends
 
 
@@ -79,7 +82,19 @@ def read_verdicts(
             raise UserError(f"{path}, row {place + 1:,}: {error}{advice}") from None
         if score != verdict.score:
             verdicts[place] = replace(verdict, score=score)
+    if scale is None and flag and os.environ.get("RANK", "0") == "0":
+        _warn_of_unit_scale(path, [v.score for v in verdicts if v.score is not None], flag)
     return verdicts
+
+
+def _warn_of_unit_scale(path: Path, scores: Sequence[float], flag: str) -> None:
+    """Warn of scores that look like those of a scale from 0 to 1."""
+    is_unit = all(0 <= score <= 1 for score in scores) and len(set(scores)) > 1
+    if is_unit and len(scores) >= _FEWEST_SCORES:
+        console.warn(
+            f"warning: all {len(scores):,} scores of {path} are between 0 and 1, and are read on "
+            f"the scale from 0 to 9. If their scale is from 0 to 1, add {flag} 0 1."
+        )
 
 
 def has_verdicts(path: Path) -> bool:

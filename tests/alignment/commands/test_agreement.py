@@ -158,6 +158,21 @@ def test_items_of_both_files_are_compared_on_demand(
     assert "omits" not in capsys.readouterr().out
 
 
+def test_scores_between_0_and_1_without_a_scale_give_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unit = scores([n / 10 for n in range(11)])
+    measured(tmp_path, scores([float(n % 10) for n in range(11)]), unit)
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1
+    assert f"all 11 scores of {tmp_path / 'b.jsonl'} are between 0 and 1" in error
+    assert "add --second-scale 0 1." in error
+    for labels in ([0.5] * 8 + [0.1], [0.0] * 20, [0.5] * 20 + [1.5]):  # few, constant, above
+        measured(tmp_path, scores(labels), scores(labels))
+    measured(tmp_path, unit, unit, "--first-scale", "0", "1", "--second-scale", "0", "1")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_kappa_of_items_with_one_label_of_gold_is_undefined(tmp_path: Path) -> None:
     first, second = scores([3, 3, 3, 5, 5, 5]), scores([3, 4, 5, 5, 5, 6])
     result = measured(tmp_path, first, second, "--slice", "gold")
