@@ -29,7 +29,7 @@ def show_rows(config: ShowConfig) -> None:
     """Print the first rows of a file as a model sees them.
 
     Raises:
-        UserError: The file or the model cannot be used.
+        UserError: The file or the model cannot be used, or no row that is shown.
     """
     tokenizer, variables = None, {}
     if config.model is not None:
@@ -44,7 +44,7 @@ def show_rows(config: ShowConfig) -> None:
     printer = _Printer(config, tokenizer, variables, color)
     if tokenizer is not None:
         print(_legend(color))
-    left = config.rows.limit
+    left, usable = config.rows.limit, 0
     for path in expand_row_files([config.file], "FILE"):
         file, count, malformed = RecordFile(path, options=config.rows.options), 0, 0
         for item in islice(file.read(), left):
@@ -55,8 +55,14 @@ def show_rows(config: ShowConfig) -> None:
                 printer.show(item)
             count += 1
         left = None if left is None else left - count
+        usable += count - malformed
         if file.schema is not None:
             print(f"\n{describe(file, count - malformed)}")
+    if not usable:
+        raise UserError(
+            f"{config.file} has no row that can be used among those shown. Correct the rows, or "
+            "name their columns with --columns."
+        )
 
 
 def _legend(color: bool) -> str:

@@ -78,6 +78,17 @@ def show(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().out
 
 
+def test_show_without_a_usable_row_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "q.csv"
+    file.write_text('question,answer\n,x\n"  ",y\na,b\n')
+    with pytest.raises(UserError, match=r"q\.csv has no row that can be used among those shown"):
+        show(capsys, file, "--limit", 2)
+    assert "0 records" in capsys.readouterr().out
+    assert "1 records" in show(capsys, file)
+
+
 def test_show_prints_rows_with_counts_metadata_and_what_is_left_out(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
