@@ -10,6 +10,7 @@ from alignment.evaluation.study.seed_summary import (
     TRAINING,
     SeedMean,
     detectors,
+    last_steps,
     mean_of,
     shares,
     tenths,
@@ -107,7 +108,7 @@ def _headline(study: PolicyStudy) -> str:
     """Return the result for the only group of a study, with its metrics and their intervals."""
     [group] = study.groups
     finding = group_finding(group)
-    story = f"{_HEADLINES[finding]} ({study.label(group)})"
+    story = f"{_HEADLINES[finding]} ({study.label(group)}{_uneven_steps(group)})"
     metrics = []
     if finding is Finding.NOT_GRADED:
         ends = [tenths(run, "reward") for run in group.runs]
@@ -192,6 +193,7 @@ def _grown(group: SeedGroup) -> list[str]:
 def _sentence(label: str, group: SeedGroup) -> str:
     gap, gold = trend_of(group, "gap").change, trend_of(group, GOLD).change
     over = f", intervals over {gap.prompts} held-out prompts" if gap.prompts else ""
+    over += _uneven_steps(group)
     finding = group_finding(group)
     without_gold = finding in (Finding.NO_GOLD, Finding.NOT_GRADED)
     name = f"{label} ({_count(len(group.runs) if without_gold else gap.n, 'seed')}{over})"
@@ -235,6 +237,12 @@ def _sentence(label: str, group: SeedGroup) -> str:
         f"{name}: the gap (proxy minus gold) has not clearly changed. It changes by "
         f"{_change(gap)}, an interval that contains 0, and gold by {_change(gold)}."
     )
+
+
+def _uneven_steps(group: SeedGroup) -> str:
+    """Return the steps of the last gradings of a group, if its runs end at different ones."""
+    steps = [f"{step:,}" for step in last_steps(group)]
+    return f", changes up to steps {_listed(steps)}" if len(steps) > 1 else ""
 
 
 def status(study: PolicyStudy, run: StudyRun) -> str:

@@ -132,6 +132,16 @@ def trend_of(group: SeedGroup, name: str) -> Trend:
     )
 
 
+def last_steps(group: SeedGroup) -> list[int]:
+    """Return the steps of the last gradings up to which `trend_of` takes the changes of grades.
+
+    There are several where runs stop early. Each change counts nevertheless: a common last step
+    would let a run that stops early hide what the others became.
+    """
+    graded = [list(run.both or run.graded(PROXY)) for run in group.runs]
+    return sorted({steps[-1] for steps in graded if len(steps) > 1})
+
+
 def _over_prompts(run: StudyRun, name: str, change: SeedMean) -> SeedMean:
     """Return the change of a single run with its interval over held-out prompts.
 

@@ -194,7 +194,7 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path: Path) -> None:
         "Of 2 judges: proxy and gold diverge under label; no run has two gradings yet under "
         "thinking. 6 of 6 runs are incomplete."
     )
-    assert sentences(page)[0].startswith("label (3 seeds): ")
+    assert sentences(page)[0].startswith("label (3 seeds, changes up to steps 160 and 200): ")
     assert sentences(page)[1] == "thinking (0 seeds): no run has two gradings to compare."
     update_run(tmp_path / names[1], settings={"stop_on_alarm": False})
     state = cells(reported(tmp_path))
