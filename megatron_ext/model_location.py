@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_ext.checkpoint import TRACKER, find_checkpoint
 from megatron_ext.console import console
 from megatron_ext.errors import UserError
+from megatron_ext.json_numbers import load_json
 
 _CONFIG = "config.json"
 _DEEPSPEED = "latest"
@@ -210,7 +211,7 @@ def _losses(checkpoint: Path, step: int | None) -> tuple[tuple[str, float], ...]
         if '"val_loss' not in line:
             continue
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except ValueError:  # the last line of a killed run
             continue
         if row.get("step") == step:

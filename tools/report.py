@@ -16,11 +16,13 @@ training tokens. Runs that differ in their seed only are shown as mean and stand
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ToolParser, UserError, run_tool
 from megatron_ext.inspection.routed_text import RoutedText, route
+from megatron_ext.json_numbers import load_json
 from megatron_ext.quiet import quiet_megatron
 from megatron_ext.reports.run_metrics import RunMetrics, refuse_policy_run, summary
 from megatron_ext.reports.run_page import Page
@@ -64,7 +66,7 @@ def report(run_dir: Path, options: ReportFlags) -> None:
     """Write report.png and report.html of one run, and print its losses."""
     refuse_policy_run(run_dir)
     metrics = RunMetrics.read(run_dir)
-    validation = _optional_json(options.validation or run_dir / "validation.json")
+    validation = _optional_json(options.validation or run_dir / "validation.json", load_json)
     for name in ("unigram", "bigram"):
         if (value := getattr(options, name)) is not None:
             validation[name] = value
@@ -79,7 +81,6 @@ def report(run_dir: Path, options: ReportFlags) -> None:
     headline = summary(validation)
     title = f"{run_dir.name}: {headline}" if headline else run_dir.name
     final = (validation["step"], validation["validation"]) if "step" in validation else None
-    draw(metrics, run_dir / "report.png", title, baselines, final, text)
     page = Page(
         run=run_dir.name,
         summary=headline,
@@ -90,13 +91,15 @@ def report(run_dir: Path, options: ReportFlags) -> None:
         sample=_optional_json(options.sample or run_dir / "sample.json"),
         text=text,
     )
+    html = page.html()
+    draw(metrics, run_dir / "report.png", title, baselines, final, text)
     target = run_dir / "report.html"
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(page.html(), encoding="utf-8")
+    temporary.write_text(html, encoding="utf-8")
     temporary.replace(target)
     print(f"wrote {run_dir / 'report.png'} and {target}")
-    if page.unfinished:
-        print(page.unfinished)
+    for sentence in filter(None, (page.divergence, page.unfinished)):
+        print(sentence)
     if options.panels and metrics.layers:
         print(f"wrote {', '.join(map(str, draw_panels(metrics, Path(options.panels))))}")
     if headline:
@@ -174,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _optional_json(path: Path | str) -> dict[str, Any]:
+def _optional_json(path: Path | str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """Return the JSON object in a file, empty if the file does not exist.
 
     Raises:
@@ -183,7 +186,7 @@ def _optional_json(path: Path | str) -> dict[str, Any]:
     if not Path(path).is_file():
         return {}
     try:
-        value = json.loads(_read(Path(path)))
+        value = parse(_read(Path(path)))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

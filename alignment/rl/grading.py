@@ -36,6 +36,7 @@ from alignment.seeds import derive_seed
 from alignment.training.loop import EvaluationFailed
 from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import Sampling
+from megatron_ext.json_numbers import load_json
 from megatron_ext.training.saving import write_atomically
 
 
@@ -218,7 +219,7 @@ class Grader:
             )
         try:
             self._set_first(json.loads(first.read_text()))
-            rows = list(map(json.loads, metrics.read_text().splitlines()))
+            rows = list(map(load_json, metrics.read_text().splitlines()))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(
                 f"The files of the first evaluation in {self.folder} cannot be read ({error!r}). "

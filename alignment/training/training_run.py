@@ -21,6 +21,7 @@ from alignment.rounding import exceeds
 from megatron_ext.checkpoint import TRACKER
 from megatron_ext.console import console, log_name
 from megatron_ext.errors import UserError
+from megatron_ext.json_numbers import dump_json
 from megatron_ext.processes import lock_folder
 from megatron_ext.trackers import Trackers, TrackerSettings
 from megatron_ext.training.checks import commit, versions
@@ -171,7 +172,7 @@ class TrainingRun:
         if not self.writes:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(dump_json(row) + "\n")
         if self._trackers is not None:
             self._trackers.log(row["step"], row)
 

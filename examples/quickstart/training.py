@@ -11,6 +11,7 @@ import yaml
 
 from examples.quickstart.corpus import Corpus
 from examples.quickstart.steps import Step, duration, module, say
+from megatron_ext.json_numbers import load_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "recipes"
@@ -79,7 +80,7 @@ class TrainingProgress:
             lines = file.read().decode(errors="replace").split("\n")[:-1]
         for line in reversed(lines):
             try:
-                row = json.loads(line)
+                row = load_json(line)
             except ValueError:  # incomplete first line
                 return None
             if row.get(self.metric) is not None:

@@ -117,6 +117,16 @@ def panel_png(draw: Callable[[Axes], object], size: tuple[float, float] = (4.8, 
     """
     figure = Figure(figsize=size, layout="constrained")
     draw(figure.subplots())
+    return figure_png(figure, 150)
+
+
+def figure_png(figure: Figure, dpi: int) -> bytes:
+    """Return a figure as a PNG.
+
+    Args:
+        figure: Figure to draw.
+        dpi: Resolution in dots per inch.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
+    figure.savefig(buffer, dpi=dpi, format="png")
     return buffer.getvalue()

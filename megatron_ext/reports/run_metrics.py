@@ -1,8 +1,9 @@
 """Metrics of a run, read from `metrics.jsonl` as arrays over steps."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ext.errors import UserError
+from megatron_ext.json_numbers import load_json
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, advice: str) -> list[Row]:
+def read_rows(path: Path, advice: str, parse: Callable[[bytes], Any] = json.loads) -> list[Row]:
     """Return the objects of a JSON Lines file, without an incomplete last line.
 
     Args:
         path: File to read.
         advice: Instruction for the user if the file cannot be read; ends the error message.
+        parse: Function that parses a line, `load_json` for metrics.
 
     Raises:
         UserError: The file cannot be read or is damaged.
@@ -35,7 +38,7 @@ def read_rows(path: Path, advice: str) -> list[Row]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(parse(line))
         except ValueError as error:  # also raised for a character that is cut in half
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON: {error}") from error
@@ -67,14 +70,14 @@ class RunMetrics:
     Attributes:
         training: Rows with a training loss, ordered by step. The last row of a repeated step
             counts.
-        evaluations: Validation loss by step, in nats per token.
+        evaluations: Validation loss by step, in nats per token; it may be not finite.
     """
 
     def __init__(self, rows: list[Row]) -> None:
         training = {row["step"]: row for row in rows if row.get("loss") is not None}
         self.training: list[Row] = [training[step] for step in sorted(training)]
-        evaluated = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-        self.evaluations: dict[int, float] = dict(sorted(evaluated.items()))
+        evaluated = {row["step"]: row for row in rows if row.get("val_loss") is not None}
+        self.evaluations = {step: float(evaluated[step]["val_loss"]) for step in sorted(evaluated)}
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunMetrics":
@@ -84,7 +87,7 @@ class RunMetrics:
             UserError: The file cannot be read, is damaged, or has no training step.
         """
         path = run_dir / "metrics.jsonl"
-        rows = read_rows(path, "Name the directory of a run.")
+        rows = read_rows(path, "Name the directory of a run.", load_json)
         metrics = cls([row for row in rows if "step" in row])
         if not metrics.training:
             raise UserError(f"{path} has no training step yet. Wait for the first one.")
@@ -201,6 +204,21 @@ class RunMetrics:
                 gained[row] = rows[row] * (gained[row + 1] / rows[row + 1] if later else 0)
         return steps, np.cumsum(gained)
 
+    @cached_property
+    def divergence(self) -> str:
+        """Clause on the steps whose losses are not finite; empty if all are finite.
+
+        >>> rows = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, math.nan))]
+        >>> RunMetrics(rows).divergence
+        'the training loss is not finite from step 2 on'
+        """
+        losses = {
+            "training": {row["step"]: float(row["loss"]) for row in self.training},
+            "validation": self.evaluations,
+        }
+        clauses = (_not_finite(f"{name} loss", by_step) for name, by_step in losses.items())
+        return ", and ".join(filter(None, clauses))
+
     @property
     def last_step(self) -> int:
         """Last optimizer step in the log."""
@@ -246,6 +264,16 @@ def refuse_policy_run(run_dir: Path) -> None:
 def _column(rows: list[Row], name: str) -> Floats:
     """Return a metric of every row, `[rows]`; NaN where a row lacks it."""
     return np.array([np.nan if (v := row.get(name)) is None else v for row in rows], dtype=float)
+
+
+def _not_finite(name: str, losses: Mapping[int, float]) -> str:
+    """Return a clause on the losses that are not finite, by step in ascending order."""
+    steps = [step for step, loss in losses.items() if not math.isfinite(loss)]
+    if not steps:
+        return ""
+    if len(steps) == sum(step >= steps[0] for step in losses):
+        return f"the {name} is not finite from step {steps[0]:,} on"
+    return f"the {name} is not finite at {len(steps):,} steps, first at step {steps[0]:,}"
 
 
 def summary(validation: dict[str, Any]) -> str:

@@ -66,6 +66,12 @@ class Page:
         return settings if isinstance(settings, dict) else {}
 
     @property
+    def divergence(self) -> str:
+        """Sentence on a run whose losses are not all finite; empty for others."""
+        clause = self.metrics.divergence
+        return f"{clause[0].upper()}{clause[1:]}." if clause else ""
+
+    @property
     def unfinished(self) -> str:
         """Sentence on a run that has not made all of its steps; empty for others."""
         planned = self._settings.get("train_iters")
@@ -83,6 +89,7 @@ class Page:
             title=self.run,
             run=self.run,
             summary=self.summary,
+            divergence=self.divergence,
             unfinished=self.unfinished,
             panels=self.panels,
             tokens=tokens,

@@ -19,6 +19,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.training import get_args, global_vars, is_last_rank
 
 from megatron_ext.flops import training_flops
+from megatron_ext.json_numbers import dump_json
 from megatron_ext.trackers import Trackers
 from megatron_ext.training.layer_summary import load_picture, summarize_layers
 from megatron_ext.training.run_console import RunConsole
@@ -256,7 +257,7 @@ class MetricLog:
         if iteration % args.log_interval:  # lists by expert are long
             row = {name: value for name, value in row.items() if not isinstance(value, list)}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(dump_json(row) + "\n")
 
 
 class MegatronTags:

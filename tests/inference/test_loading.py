@@ -78,6 +78,9 @@ def test_every_path_into_a_pretraining_run_leads_to_its_checkpoint(tmp_path):
     newest = folder / "iter_0000012"
     for path in (tmp_path, folder, newest):
         assert str(locate_model(path)) == f"{newest} (step 12, validation loss 5.2500)"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 12, "val_loss": "NaN"}\n')
+    assert str(locate_model(tmp_path)) == f"{newest} (step 12, validation loss nan)"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     older = locate_model(folder / "iter_0000003")
     assert (older.step, older.metrics) == (3, (("validation loss", 6.5),))
     with pytest.raises(UserError, match=r"leads to .*iter_0000012, a checkpoint of Megatron"):

@@ -237,6 +237,59 @@ def test_comparison_refuses_a_changing_batch_size_without_tokens(tmp_path: Path)
         read_runs([path])
 
 
+def diverged_rows(first: int, steps: int = 40) -> list[dict[str, Any]]:
+    """Return rows whose losses are not finite from a step on, as the trainer writes them."""
+    rows: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        broken = step >= first
+        rows.append(
+            training_row(step) | ({"loss": "NaN", "grad_norm": "Infinity"} if broken else {})
+        )
+        if step % 10 == 0:
+            rows[-1]["moe/layer_01/experts/cutoff"] = ["-Infinity" if broken else -1.0] * 4
+            rows.append({"step": step, "val_loss": "NaN" if broken else 5 - step / 100})
+    return rows
+
+
+@pytest.mark.parametrize("literals", [False, True])
+def test_comparison_shows_where_a_run_diverged(tmp_path: Path, capsys: Any, literals: bool) -> None:
+    """Earlier versions wrote Python's literals, which the reader still accepts."""
+    runs = [
+        make_run(tmp_path / "nan", rows=diverged_rows(25)),
+        make_run(tmp_path / "good", lr=1.0),
+        make_run(tmp_path / "undefined", rows=[*diverged_rows(41), {"step": 41, "val_loss": None}]),
+    ]
+    file = tmp_path / "nan" / "metrics.jsonl"
+    if literals:
+        file.write_text(file.read_text().replace('"NaN"', "NaN").replace('"Infinity"', "Infinity"))
+    report.main([*runs, "--output", str(tmp_path / "out"), "--markdown", str(tmp_path / "c.md")])
+    sentence = (
+        "In nan, the training loss is not finite from step 25 on, and the validation loss is not "
+        "finite from step 30 on."
+    )
+    markdown = (tmp_path / "c.md").read_text()
+    for text in (capsys.readouterr().out, markdown, (tmp_path / "out/comparison.html").read_text()):
+        assert sentence in text and "In good" not in text and "In undefined" not in text
+    table = table_of(runs)
+    assert table["tokens trained on"] == [f"{40 * STEP:,}"] * 3
+    assert table["final validation loss, nats per token"] == ["nan", "4.7000", "4.6000"]
+    assert table["best validation loss, nats per token"] == ["4.8000", "4.7000", "4.6000"]
+
+
+def test_comparison_of_runs_that_diverged_in_the_first_step(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), rows=diverged_rows(1), seed=seed) for seed in (1, 2)]
+    report.main(runs)
+    assert table_of(runs)["final validation loss, nats per token"] == ["nan"]
+
+
+def test_a_comparison_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    runs = [make_run(tmp_path / name, 12, lr=lr) for name, lr in (("a", 1), ("b", 2))]
+    monkeypatch.setattr("megatron_ext.reports.comparison.compare.render", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.main([*runs, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def emptied(run: str) -> str:
     Path(run, "run.json").write_text("{}")
     return run

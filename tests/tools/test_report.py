@@ -89,6 +89,22 @@ def test_panels_of_a_short_run_show_every_step_inside_of_their_axes() -> None:
     assert loss.get_label() == "training" and loss.get_marker() == "o"
 
 
+def test_report_of_a_diverged_run_names_the_steps(tmp_path: Path, capsys: Any) -> None:
+    rows = [
+        training_row(step) | ({"loss": "NaN"} if step in (5, 9) else {}) for step in range(1, 41)
+    ]
+    rows.append({"step": 40, "val_loss": "Infinity"})
+    run = write_run(tmp_path / "run", rows)
+    report.main([str(run)])
+    sentence = (
+        "The training loss is not finite at 2 steps, first at step 5, and the validation loss is "
+        "not finite from step 40 on."
+    )
+    printed = capsys.readouterr().out
+    assert sentence in printed and "validation inf (nats per token)" in printed
+    assert sentence in (run / "report.html").read_text() and is_png(run / "report.png")
+
+
 def test_report_refuses_a_run_of_a_policy(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 0.5, "reward": 3.0}])
     (run / "run.json").write_text(json.dumps({"judge": {"name": "a"}, "settings": {}}))

@@ -107,6 +107,21 @@ def test_pretrain_with_every_router_resumes_expert_choice_by_thresholds(tmp_path
 
 
 @pytest.mark.slow
+def test_metrics_of_a_run_that_diverges_are_json(tmp_path: Path) -> None:
+    flags = ("--lr", "1e30", "--min-lr", "1e29", "--no-check-for-nan-in-loss-and-grad")
+    train([*TINY, "--run-dir", tmp_path, *flags, "--eval-interval", "3"], 1)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(4.85, abs=0.5) and losses[-1] == "NaN"
+    assert {"step": 6, "val_loss": "NaN"} in rows and {"step": 6, "test_loss": "NaN"} in rows
+
+
+@pytest.mark.slow
 def test_pretrain_of_a_llama_like_mixture(tmp_path: Path) -> None:
     """Every part of the paper's model has a flag that turns it into the usual one."""
     base = {*TINY} - {"--squared-relu", "--untie-embeddings-and-output-weights", "--qk-layernorm"}

@@ -17,6 +17,7 @@ from alignment.evaluation.study.study_runs import (
     settings_of,
 )
 from megatron_ext.errors import UserError
+from megatron_ext.json_numbers import load_json
 from megatron_ext.reports.run_metrics import Row, read_rows
 from megatron_ext.reports.run_names import seeds_name, unique_names
 
@@ -214,7 +215,7 @@ def _read_run(folder: Path) -> StudyRun:
 def _rows(folder: Path) -> tuple[dict[int, Row], dict[int, Row]]:
     """Return the gradings and the training rows by step; both empty if there is no log yet."""
     file = folder / "metrics.jsonl"
-    rows = read_rows(file, "") if file.exists() else []
+    rows = read_rows(file, "", load_json) if file.exists() else []
     for row in rows:
         if not isinstance(row.get("step"), int):
             raise UserError(f"{file} has a row whose step is not a whole number.")

@@ -35,9 +35,9 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
     """
     runs = read_runs(paths)
     groups = group_runs(runs)
-    output.mkdir(parents=True, exist_ok=True)
-    picture = output / "comparison.png"
-    smoothing, panels = draw_comparison(groups, picture)
+    picture, smoothing, panels = draw_comparison(groups)
+    diverged = [f"In {run.name}, {run.metrics.divergence}." for run in runs]
+    diverged = [sentence for run, sentence in zip(runs, diverged) if run.metrics.divergence]
     names = [group.name for group in groups]
     contents = Contents(
         title="Comparison of " + ", ".join(names),
@@ -47,14 +47,22 @@ def compare(paths: Sequence[str], output: Path, markdown: Path | None) -> None:
             [name.replace("_", " "), *("" if value is None else str(value) for value in values)]
             for name, values in differences(groups).items()
         ],
-        notes=" ".join([*_unit_notes(runs), *NOTES, f"Curves called smoothed are a {smoothing}."]),
+        notes=" ".join(
+            [*diverged, *_unit_notes(runs), *NOTES, f"Curves called smoothed are a {smoothing}."]
+        ),
     )
-    _write(output / "comparison.html", contents.html(panels))
-    print(f"wrote {picture} and {output / 'comparison.html'}")
+    page = contents.html(panels).encode()
+    output.mkdir(parents=True, exist_ok=True)  # nothing is written before everything is drawn
+    file = output / "comparison.png"
+    _write(file, picture)
+    _write(output / "comparison.html", page)
+    print(f"wrote {file} and {output / 'comparison.html'}")
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
-        _write(markdown, contents.markdown(os.path.relpath(picture, markdown.parent)))
+        _write(markdown, contents.markdown(os.path.relpath(file, markdown.parent)).encode())
         print(f"wrote {markdown}")
+    for sentence in diverged:
+        print(sentence)
 
 
 def _unit_notes(runs: Sequence[ComparedRun]) -> list[str]:
@@ -130,7 +138,7 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,9 +15,9 @@ from megatron_ext.reports.plotting import (
     CYCLE,
     STYLE,
     draw_curve,
+    figure_png,
     panel_png,
     smoothed,
-    write_picture,
 )
 from megatron_ext.reports.run_metrics import Floats
 
@@ -35,11 +34,12 @@ _PANELS = (
 )
 
 
-def draw_comparison(groups: Sequence[RunGroup], path: Path) -> tuple[str, list[tuple[bytes, str]]]:
-    """Write the picture of a comparison, without the panels that no run has.
+def draw_comparison(groups: Sequence[RunGroup]) -> tuple[bytes, str, list[tuple[bytes, str]]]:
+    """Draw the picture of a comparison, without the panels that no run has.
 
     Returns:
-        Description of the smoothing, and each panel as a PNG with its title.
+        The picture as a PNG, the description of the smoothing, and each panel as a PNG with its
+        title.
     """
     matplotlib.use("agg")
     longest = max(run.tokens for group in groups for run in group.runs)
@@ -60,9 +60,9 @@ def draw_comparison(groups: Sequence[RunGroup], path: Path) -> tuple[str, list[t
         has_seeds = any(len(group.runs) > 1 for group in groups)
         bands = "; bands: standard deviation over seeds" if has_seeds else ""
         figure.supxlabel(f"Smoothed: {smoothing}{bands}.", x=0.01, ha="left", fontsize=8)
-        write_picture(figure, path)
+        picture = figure_png(figure, 130)
         panels = [(panel_png(_with_legend(draw)), title) for title, draw in drawers.items()]
-    return smoothing, panels
+    return picture, smoothing, panels
 
 
 def _drawers(
@@ -145,6 +145,7 @@ def _fit(axes: Axes) -> None:
     values = np.concatenate(
         [mean[tokens > 0.05 * tokens[-1]] for tokens, mean in points if len(tokens)]
     )
+    values = values[np.isfinite(values)]
     if len(values) < 3 or np.ptp(values) == 0:
         return
     margin = 0.06 * float(np.ptp(values))

@@ -36,9 +36,9 @@ def final_loss(run: ComparedRun) -> float | None:
 
 
 def best_loss(run: ComparedRun) -> float | None:
-    """Return the lowest validation loss."""
+    """Return the lowest finite validation loss."""
     _, losses = run.validation()
-    return float(losses.min()) if len(losses) else None
+    return float(losses[np.isfinite(losses)].min()) if np.isfinite(losses).any() else None
 
 
 def training_loss(run: ComparedRun) -> float | None:
@@ -143,7 +143,7 @@ def cells(metric: ComparedMetric, groups: Sequence[RunGroup]) -> list[str]:
             continue
         values = np.array(numbers, dtype=float)
         cell = metric.form.format(values.mean())
-        if len(values) > 1:
+        if len(values) > 1 and np.isfinite(values).all():
             spread = float(deviation(values))
             rounding = 1e-9 * abs(values.mean())  # tolerance for equal values
             cell += " ± " + metric.form.format(spread if spread > rounding else 0.0)
