@@ -9,6 +9,7 @@ from megatron_ext.errors import UserError
 
 _DELIMITERS = ",\t;|"
 _LONGEST_FIELD = 256 << 20  # characters, as in a document of plain text
+_ROW_SHARE = 0.9  # of the lines that quotes join, from which they are rows with literal quotes
 
 
 def csv_rows(stream: io.BufferedIOBase, path: str) -> Iterator[tuple[int, dict[str, str] | str]]:
@@ -16,6 +17,10 @@ def csv_rows(stream: io.BufferedIOBase, path: str) -> Iterator[tuple[int, dict[s
 
     The delimiter is the one of comma, tab, semicolon and vertical bar that occurs most often in
     the header, outside of quotes. Empty lines are skipped.
+
+    Many programs write tabs without quoting, so that a quote may begin a text that never ends it.
+    Lines that quotes join, or that break the rules of quoting, are therefore rows with literal
+    quotes if the delimiter is a tab and they all look like rows.
 
     Args:
         stream: Plain bytes of the file, in UTF-8 and without a byte order mark.
@@ -32,22 +37,8 @@ def csv_rows(stream: io.BufferedIOBase, path: str) -> Iterator[tuple[int, dict[s
     text = _decoded(stream)
     try:
         reader, header = _header(text, path)
-        first = 1 + reader.line_num
-        while True:
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                open_quote = "unexpected end" in str(error)
-                yield (
-                    first,
-                    "a quote that is never closed" if open_quote else f"invalid CSV: {error}",
-                )
-            else:
-                if fields:
-                    yield first, _row(header, fields)
-            first = 1 + reader.line_num
+        for first, fields in reader.records():
+            yield first, fields if isinstance(fields, str) else _row(header, fields)
     finally:
         text.detach()
 
@@ -69,17 +60,47 @@ def _decoded(stream: Any) -> io.TextIOWrapper:
 class _Reader:
     """CSV reader that counts lines from the beginning of the file."""
 
-    def __init__(self, text: TextIO, delimiter: str, lines_before: int) -> None:
-        self._reader = csv.reader(text, delimiter=delimiter, strict=True)
-        self._lines_before = lines_before
+    def __init__(self, text: TextIO, delimiter: str, columns: int, lines_before: int) -> None:
+        self._text, self._columns, self._has_tabs = text, columns, delimiter == "\t"
+        self._reader = csv.reader(self._counted(), delimiter=delimiter, strict=True)
+        self._line_num = lines_before
+        self._record: list[str] = []  # lines of the present record, if the delimiter is a tab
 
-    @property
-    def line_num(self) -> int:
-        """Number of lines read so far."""
-        return self._lines_before + self._reader.line_num
+    def records(self) -> Iterator[tuple[int, list[str] | str]]:
+        """Yield the first line of each record, and its fields or the reason why it is malformed."""
+        while True:
+            self._record.clear()
+            first = 1 + self._line_num
+            fields: list[str] | str
+            try:
+                fields = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                open_quote = "unexpected end" in str(error)
+                fields = "a quote that is never closed" if open_quote else f"invalid CSV: {error}"
+            literal = self._literal() if isinstance(fields, str) or len(self._record) > 1 else []
+            records: list[list[str] | str] = [*literal] or [fields]
+            for number, record in enumerate(records, start=first):
+                if record:
+                    yield number, record
 
-    def __next__(self) -> list[str]:
-        return next(self._reader)
+    def _counted(self) -> Iterator[str]:
+        for line in self._text:
+            self._line_num += 1
+            if self._has_tabs:
+                self._record.append(line)
+            yield line
+
+    def _literal(self) -> list[list[str]]:
+        """Return the fields of each line if the lines of the record are rows with literal quotes.
+
+        Lines within quotes rarely have the columns of the header. Few others may be malformed rows.
+        """
+        lines = [line.rstrip("\r\n") for line in self._record]
+        rows = [line.split("\t") if line else [] for line in lines]
+        alike = sum(len(row) == self._columns and bool(row[0]) for row in rows)
+        return rows if alike >= _ROW_SHARE * len(rows) else []
 
 
 def _header(text: TextIO, path: str) -> tuple[_Reader, list[str]]:
@@ -106,7 +127,7 @@ def _header(text: TextIO, path: str) -> tuple[_Reader, list[str]]:
     names = [name.strip() for name in header]
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}. Rename one of them.")
-    return _Reader(text, delimiter, len(lines)), names
+    return _Reader(text, delimiter, len(names), len(lines)), names
 
 
 def _row(header: list[str], fields: list[str]) -> dict[str, str] | str:
