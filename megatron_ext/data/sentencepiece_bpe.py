@@ -40,7 +40,8 @@ def train_sentencepiece(lines: Sequence[str], vocab_size: int, character_coverag
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+            # SentencePiece requires at least 10.
+            max_sentence_length=max(10, *(len(line.encode()) + 1 for line in lines)),
             minloglevel=2,
             unk_id=0,
             bos_id=1,

@@ -84,6 +84,12 @@ def test_training_is_deterministic_and_appends_the_suffix(corpus, model, tmp_pat
     assert output.with_suffix(".model").read_bytes() == model.read_bytes()
 
 
+def test_short_lines_train() -> None:
+    proto = train_tokenizer.train_sentencepiece(["ab", "aba", "b ab"], 264, 1.0)
+    tokenizer = train_tokenizer.sentencepiece.SentencePieceProcessor(model_proto=proto)
+    assert tokenizer.vocab_size() == 264 and tokenizer.decode(tokenizer.encode("b aba")) == "b aba"
+
+
 def test_vocabulary_of_65536_trains():
     choose = random.Random(1)
     lines = [
