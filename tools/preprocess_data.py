@@ -255,8 +255,9 @@ def write_output(
         summary[split] = {
             key: sum(part[key][split] for part in parts) for key in ("documents", "tokens", "bytes")
         }
+        documents = summary[split]["documents"]
         print(
-            f"{split}: {summary[split]['documents']:,} documents, "
+            f"{split}: {documents:,} document{'s' * (documents != 1)}, "
             f"{summary[split]['tokens']:,} tokens, {outcome}",
             flush=True,
         )
@@ -278,8 +279,9 @@ def write_output(
     }
     output.commit(manifest, splits)
     shutil.rmtree(output.parts)
+    names = splits[0] if len(splits) == 1 else f"{{{','.join(splits)}}}"
     print(
-        f"wrote {output.prefix}_{{{','.join(splits)}}}_text_document.{{bin,idx}} and .json; "
+        f"wrote {output.prefix}_{names}_text_document.{{bin,idx}} and .json; "
         f"skipped {counts.empty:,} empty and {counts.malformed:,} malformed documents"
     )
 

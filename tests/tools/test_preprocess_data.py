@@ -194,3 +194,18 @@ def test_manifest_describes_settings_and_inputs(model, tmp_path):
             "tokens": int(np.sum([len(ids) for ids in result])),
             "bytes": sum(len(tokenizer.decode(ids).encode()) for ids in result),
         }
+
+
+def test_output_of_one_document_is_stated_in_the_singular(model, tmp_path, capsys):
+    """Sampled documents are distinct, and no more than there are."""
+    for texts, phrases in (
+        (["one"], ["train: 1 document, ", "verified; it decodes to exactly its source"]),
+        (["one", "two"], ["train: 2 documents, ", "2 of 2 sampled documents decode"]),
+        (make_texts(30), ["train: 30 documents, ", "8 of 8 sampled documents decode"]),
+    ):
+        prefix = tmp_path / str(len(texts))
+        source = write_jsonl(tmp_path / "texts.jsonl", texts)
+        preprocess(model, [source], prefix, "--valid-fraction", 0)
+        printed = capsys.readouterr().out
+        for phrase in (*phrases, f"wrote {prefix}_train_text_document.{{bin,idx}} and .json"):
+            assert phrase in printed

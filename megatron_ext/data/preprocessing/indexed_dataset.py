@@ -17,6 +17,7 @@ from megatron_ext.data.preprocessing.source_tokenizer import SourceTokenizer
 from megatron_ext.errors import UserError
 
 CHECKED_DOCUMENTS = 8  # documents of each split that are compared with the source
+_FIRST_DOCUMENTS = 1000  # of each part among which they are chosen, as a shard may be a huge file
 
 
 def import_megatron() -> Any:
@@ -95,22 +96,28 @@ def check_dataset(
         return tokenizer.encoder(specs[0].dtype).encode_documents([text]) != [None]
 
     choose = random.Random(specs[0].seed)
-    checked = exact = 0
-    while same and checked < CHECKED_DOCUMENTS:
+    reachable = documents.clip(max=_FIRST_DOCUMENTS).tolist()
+    checked: set[tuple[int, int]] = set()
+    exact = 0
+    while same and len(checked) < min(CHECKED_DOCUMENTS, sum(reachable)):
         index = choose.choices(range(len(specs)), weights=documents.tolist())[0]
-        ordinal = choose.randrange(min(documents[index], 1000))  # a shard may be a huge file
+        ordinal = choose.randrange(reachable[index])
+        if (index, ordinal) in checked:
+            continue
+        checked.add((index, ordinal))
         accepts = encodable if parts[index]["refused"] else None
         text = source_document(specs[index], split, ordinal, accepts)
         stored = dataset[int(documents[:index].sum()) + ordinal].tolist()
         same = stored == encode(text)
         exact += decode(stored[:-1]) == text
-        checked += 1
     if not same:
         raise UserError(
             f"The {split} dataset {prefix} differs from what was written when it is read back. "
             "Check the disk, remove the .parts folder and run the command again."
         )
-    return f"verified; {exact} of {checked} sampled documents decode to exactly their source"
+    if len(checked) == 1:
+        return f"verified; it {'decodes' if exact else 'does not decode'} to exactly its source"
+    return f"verified; {exact} of {len(checked)} sampled documents decode to exactly their source"
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
