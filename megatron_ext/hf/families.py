@@ -125,7 +125,8 @@ FAMILIES = (
             "intermediate_size": "moe_ffn",
             "num_local_experts": "experts",
         },
-        {**SILU, **WITHOUT_WINDOW},
+        # transformers jitters the input of router and experts, Megatron that of the router alone.
+        {**SILU, **WITHOUT_WINDOW, "router_jitter_noise": 0.0},
         lambda model: names.MIXTRAL,
         read=lambda config: {
             "moe_layers": (True,) * config.num_hidden_layers,

@@ -44,6 +44,19 @@ def test_a_plain_family_is_one_entry(monkeypatch):
         families.read_config(MistralConfig(vocab_size=VOCAB, **sizes))
 
 
+def test_a_jitter_that_megatron_has_in_another_form_is_refused() -> None:
+    """transformers jitters the input of the experts too, and only in training."""
+    from transformers import MixtralConfig
+
+    from megatron_ext.hf import families
+
+    config = MixtralConfig(vocab_size=VOCAB, sliding_window=None)
+    assert families.read_config(config).router == "token-choice"
+    config.router_jitter_noise = 0.1
+    with pytest.raises(UserError, match=r"router_jitter_noise = 0\.1\. Only mixtral models"):
+        families.read_config(config)
+
+
 def there_and_back(folder):
     """Convert both ways and run both models, on a rank whose global state may change."""
     from megatron_ext.hf.verify import hf_logits
