@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _parser().parse_args(argv, GenerateFlags())
     check_at_least_one(num_samples=flags.num_samples, batch_size=flags.batch_size)
+    if not -(2**63) <= flags.seed <= 2**64 - flags.num_samples:
+        raise UserError(f"--seed {flags.seed} does not fit in 64 bits. Choose a smaller number.")
     texts = read_prompts(flags.prompt, flags.prompt_file)
     from megatron_ext.inference.sampling import Sampling  # imports torch
 

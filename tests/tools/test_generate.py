@@ -103,6 +103,8 @@ def test_prompt_file_lines_end_at_newlines_only(tmp_path, end):
         (["--load", "{run}", "--prompt", "a", "--batch-size", "0"], "--batch-size"),
         (["--load", "{run}", "--prompt", "a", "--dtype", "fp4"], "--dtype"),
         (["--load", "{run}/nowhere", "--prompt", "a"], "is not a folder"),
+        (["--load", "{run}", "--prompt", "a", "--seed", str(2**64)], "does not fit in 64 bits"),
+        (["--load", "{run}", "--prompt", "a", "--seed", str(-(2**63) - 1)], "does not fit in 64"),
         (["--load", "{run}/tensorboard", "--prompt", "a"], "has no checkpoint"),
     ],
 )
