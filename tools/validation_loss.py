@@ -10,7 +10,6 @@ torchrun; data-parallel replicas share the data.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
+from megatron_ext.json_numbers import dump_json
 from megatron_ext.model_location import announce_model
 from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if is_first_rank():
         print(_table(metrics), end="", flush=True)
-        text = json.dumps(result)
+        text = dump_json(result)
         if flags.out is None:
             print(text, flush=True)
         else:

@@ -9,7 +9,6 @@ Writes validation.json into the run directory, and text.txt, the beginning of th
 """
 
 import argparse
-import json
 import os
 import warnings
 from contextlib import redirect_stdout
@@ -24,6 +23,7 @@ from megatron_ext.data.tokenizer_identity import check_dataset_tokenizer
 from megatron_ext.devices import activate
 from megatron_ext.errors import ToolParser, run_tool
 from megatron_ext.evaluation.ngram_losses import baseline_losses, read_stream
+from megatron_ext.json_numbers import dump_json
 
 if TYPE_CHECKING:
     from megatron_ext.inference.loading import TrainedModel
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     text = trained.tokenizer.detokenize(valid[:_TEXT_TOKENS].tolist())
     _write(run_dir / "text.txt", text)
-    _write(run_dir / "validation.json", json.dumps(result) + "\n")
-    print(json.dumps(result))
+    _write(run_dir / "validation.json", dump_json(result) + "\n")
+    print(dump_json(result))
 
 
 @torch.no_grad()

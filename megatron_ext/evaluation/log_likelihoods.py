@@ -6,6 +6,7 @@ token alone. Batches depend only on the sequences and the batch size, and replic
 process whole batches in turn, so that the number of replicas does not change the batches.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_ext.errors import UserError
 from megatron_ext.evaluation.text_codec import TextCodec
 
 BATCH_TOKENS = 4096
@@ -115,6 +117,9 @@ class LanguageModel(ABC):
             requests: The requests.
             batch_tokens: Tokens per batch, padding included. A longer sequence forms a batch alone.
             done: Callback that receives the number of requests scored since its last call.
+
+        Raises:
+            UserError: A log-likelihood is not a number.
         """
         batches = batches_by_length([len(r.tokens) - 1 for r in requests], batch_tokens)
         local_scores: dict[int, LogLikelihood] = {}
@@ -127,6 +132,11 @@ class LanguageModel(ABC):
                 self._score_batch([])
             done(sum(map(len, turn)))
         scores = merged(local_scores)
+        if any(math.isnan(score.loss) for score in scores.values()):
+            raise UserError(
+                "The logits of the model are not finite, so no text can be scored. Its weights "
+                "have diverged or are damaged. Use an earlier checkpoint."
+            )
         return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, requests: list[ScoringRequest]) -> list[LogLikelihood]:

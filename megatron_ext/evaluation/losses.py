@@ -146,6 +146,9 @@ def window_losses(
         rows: Windows per batch. If the routing has pools, windows per pool, which the replicas of
             the model share.
         done: Callback that receives the number of windows finished since its last call.
+
+    Raises:
+        UserError: A loss is not finite.
     """
     local_sums: dict[int, float] = {}
     with routing.applied():
@@ -155,6 +158,12 @@ def window_losses(
             local_sums.update(_losses(model, windows, routing, local_windows, first))
             done(sum(map(len, turn)))
     sums = merged(local_sums)
+    if broken := sum(not math.isfinite(value) for value in sums.values()):
+        raise UserError(
+            f"The loss of {broken:,} of {len(sums):,} sequences is not finite with the routing "
+            f"{routing.name}. The weights of the model have diverged or are damaged. Use an "
+            "earlier checkpoint."
+        )
     tokens = [min(windows.length, windows.targets - i * windows.length) for i in sorted(sums)]
     return Losses(np.array([sums[i] for i in sorted(sums)]), np.array(tokens, dtype=np.float64))
 
@@ -187,6 +196,14 @@ def _losses(
     return {i: -float(part.sum(dtype=torch.float64)) for i, part in zip(indices, parts)}
 
 
+def _perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats per token; infinite beyond the largest float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def summary(
     losses: Losses, base: Losses, routing: RoutingMode, text_bytes: int | None
 ) -> dict[str, Any]:
@@ -205,7 +222,7 @@ def summary(
         "routing": routing.name,
         "loss": losses.mean,
         "standard_error": losses.standard_error,
-        "perplexity": math.exp(losses.mean),
+        "perplexity": _perplexity(losses.mean),
         "gap": gap,
         "gap_standard_error": gap_error,
         "nats_per_byte": nats / text_bytes if text_bytes else None,

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from megatron_ext.hf.families import family_named
 from megatron_ext.hf.gguf import GGUFModel
-from megatron_ext.hf.sources import Source, check_tensors
+from megatron_ext.hf.sources import FiniteTensors, Source, check_tensors
 
 
 class GGUFTensors:
@@ -39,7 +39,7 @@ def open_gguf(file: Path, dtype: torch.dtype = torch.float32) -> Source:
     model, family = GGUFModel(file), family_named("llama")
     parts = {name: s for link in family.links(model.architecture) for name, s in link.parts}
     check_tensors(file, parts, model.shapes)
-    tensors = GGUFTensors(model, parts, dtype)
+    tensors = FiniteTensors(file, GGUFTensors(model, parts, dtype))
     return Source(file, model.architecture, family, tensors, partial(_carry_tokenizer, model))
 
 

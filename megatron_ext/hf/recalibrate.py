@@ -13,7 +13,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.hf.architecture import from_args
 from megatron_ext.hf.convert import Conversion, Done
 from megatron_ext.hf.release import settle, write_release
-from megatron_ext.hf.sources import with_rows
+from megatron_ext.hf.sources import check_finite, with_rows
 from megatron_ext.hf.starting_recipe import write_recipe
 from megatron_ext.hf.tokenizer_export import carry_tokenizer
 from megatron_ext.hf.torch_dist import TensorChunk, TorchDistReader
@@ -86,7 +86,7 @@ def with_thresholds(
     write_recipe(folder, model, dtype, flags, str(checkpoint), has_thresholds=True)
 
     def write(done: Done) -> None:
-        write_release(folder, _chunks(reader, args, cutoffs, done), args)
+        write_release(folder, _chunks(checkpoint, reader, args, cutoffs, done), args)
 
     sizes = (
         torch.Size(shape).numel() * reader.dtypes[n].itemsize
@@ -100,10 +100,15 @@ def _without_thresholds(reader: TorchDistReader) -> list[tuple[str, tuple[int, .
 
 
 def _chunks(
-    reader: TorchDistReader, args: Namespace, cutoffs: dict[int, Tensor], done: Done
+    checkpoint: Path,
+    reader: TorchDistReader,
+    args: Namespace,
+    cutoffs: dict[int, Tensor],
+    done: Done,
 ) -> list[TensorChunk]:
     def copy(name: str, place: int | None = None) -> Tensor:
         tensor = reader.read(name, place)
+        check_finite(checkpoint, name, tensor)
         done(tensor.nbytes)
         return tensor
 

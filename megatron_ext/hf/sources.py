@@ -48,6 +48,55 @@ class Tensors(Protocol):
         """Return a tensor."""
 
 
+class FiniteTensors:
+    """Reader of a model's tensors that refuses weights that are not finite.
+
+    Thresholds are exempt, of which an infinite one turns an expert off.
+    """
+
+    def __init__(self, place: Path, tensors: Tensors) -> None:
+        """Wrap a reader.
+
+        Args:
+            place: File or folder of the model, for error messages.
+            tensors: Reader of the tensors.
+        """
+        self._place, self._tensors = place, tensors
+        self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor.
+
+        Raises:
+            UserError: A weight is not finite.
+        """
+        tensor = self._tensors.read(name)
+        if ".gate.threshold" not in name:
+            check_finite(self._place, name, tensor)
+        return tensor
+
+
+def check_finite(place: Path, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with a value that is not finite.
+
+    Args:
+        place: File or folder of the model, for the error message.
+        name: Name of the tensor.
+        tensor: The tensor.
+
+    Raises:
+        UserError: A value is not finite.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    ends = torch.stack(tensor.aminmax())  # one pass without a copy; NaN in any place gives NaN
+    if not ends.isfinite().all():
+        raise UserError(
+            f"{place} has a value in {name} that is not finite, so the model cannot compute. Copy "
+            "the model again, or use an earlier checkpoint."
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """Model that is ready to be read.
@@ -103,7 +152,8 @@ def open_hf(folder: Path) -> Source:
                 f"{folder} has values in {thresholds} that do not follow from {name}, so training "
                 "could not resume from it. Change both tensors together."
             )
-    return Source(folder, model, family, reader, partial(import_tokenizer, folder, model.vocab))
+    tensors = FiniteTensors(folder, reader)
+    return Source(folder, model, family, tensors, partial(import_tokenizer, folder, model.vocab))
 
 
 def _derived_tensors(folder: Path, model: Architecture, reader: SafetensorsReader) -> set[str]:
@@ -153,7 +203,7 @@ def open_megatron(
     family = family or family_of(model)
     links = family.links(model)
     _check_megatron_tensors(checkpoint, links, model, reader)
-    tensors = _MegatronTensors(reader, links, model)
+    tensors = FiniteTensors(checkpoint, _MegatronTensors(reader, links, model))
     carry = partial(carry_tokenizer, args, checkpoint=checkpoint)
     return Source(checkpoint, model, family, tensors, carry, args)
 

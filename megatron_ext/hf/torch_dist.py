@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -254,6 +255,9 @@ def write_torch_dist(folder: Path, chunks: list[TensorChunk], objects: dict[str,
         folder: An existing, empty folder of an iteration.
         chunks: The tensors.
         objects: Other objects that Megatron reads, by their names in the checkpoint.
+
+    Raises:
+        UserError: A tensor cannot be made.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
@@ -261,7 +265,11 @@ def write_torch_dist(folder: Path, chunks: list[TensorChunk], objects: dict[str,
     writer = _OneByOne(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # which wraps the errors of making tensors
+            causes = (cause for cause, _ in error.failures.values())
+            raise next((c for c in causes if isinstance(c, UserError)), error) from None
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_ext.errors import UserError
 from megatron_ext.inference.engine import GenerationEngine
 from megatron_ext.inference.loading import TrainedModel
-from megatron_ext.inference.row import Completion, GenerationRow, TokenScore
+from megatron_ext.inference.row import NOT_FINITE, Completion, GenerationRow, TokenScore
 from megatron_ext.inference.sampling import Sampling
 
 
@@ -71,7 +72,8 @@ def stream(
         seeds: Seed of each prompt. A sample depends only on its prompt and seed. Default: 0, 1, ...
 
     Raises:
-        UserError: A prompt is empty, too long, or contains a token outside the vocabulary.
+        UserError: A prompt is empty, too long, or contains a token outside the vocabulary, or
+            logits are not finite.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
@@ -92,10 +94,16 @@ def passes(engine: GenerationEngine) -> Iterator[list[tuple[GenerationRow, Token
 
     Yields:
         Results of `GenerationEngine.step`; empty while only other replicas have rows.
+
+    Raises:
+        UserError: Logits are not finite.
     """
     while _any_replica_has_rows(engine.trained, bool(engine.rows)):
         if engine.rows:
-            yield engine.step()
+            events = engine.step()
+            if any(row.completion.finish == "failed" for row, _, _ in events):
+                raise UserError(NOT_FINITE)
+            yield events
         else:
             engine.idle()
             yield []

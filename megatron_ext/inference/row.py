@@ -1,5 +1,6 @@
 """State of one prompt and its continuation: tokens, end conditions, and final text."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ from megatron_ext.inference.cache import TokenChunk
 from megatron_ext.inference.loading import TrainedModel
 from megatron_ext.inference.sampling import Sampling
 from megatron_ext.inference.text import TextStream, TokenText, detokenizer_of
+
+NOT_FINITE = (
+    "The logits of the model are not finite, so no token can be sampled. Its weights have diverged "
+    "or are damaged. Use an earlier checkpoint."
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,14 @@ class Completion:
         log_probs: Log-probability of each token under the model at temperature 1, in nats.
         text: Text without the token or the stop string that ended the continuation.
         finish: Reason for the end: "length" is --max-new-tokens or the context length of the model,
-            "eod" an end token, "stop" a stop string or a stop token of the sampling settings.
+            "eod" an end token, "stop" a stop string or a stop token of the sampling settings,
+            "failed" logits that are not finite, from which no token can be sampled.
     """
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     text: str = ""
-    finish: Literal["length", "stop", "eod"] | None = None
+    finish: Literal["length", "stop", "eod", "failed"] | None = None
 
 
 class GenerationRow:
@@ -159,6 +166,10 @@ class GenerationRow:
         and before an incomplete character. `released` contains its tokens.
         """
         completion, token = self.completion, score.token
+        # A logit that is NaN or +inf makes every log-probability of its position NaN.
+        if not all(math.isfinite(s.log_prob) for s in self._new_scores(score)):
+            completion.finish, self.released = "failed", []
+            return ""
         stream = self._stream or self._begin()
         completion.tokens.append(token)
         completion.log_probs.append(score.log_prob)
@@ -187,6 +198,10 @@ class GenerationRow:
         else:
             self._release(text, last=True)
         return "".join(entry.part.text for entry in self.released)
+
+    def _new_scores(self, score: TokenScore) -> Sequence[TokenScore]:
+        """Return a score, with those of the prompt if it is the first."""
+        return (score,) if self.completion.tokens else (*self.prompt_scores, score)
 
     def _begin(self) -> TextStream:
         """Create the text stream, which includes the prompt if its tokens are scored."""

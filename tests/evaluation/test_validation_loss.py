@@ -7,12 +7,14 @@ import json
 import math
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.json_numbers import dump_json
 from tests.distributed import run_ranks
 from tests.hf.models import make
 from tests.inference.checkpoint import MAX_LENGTH, MODEL
@@ -237,3 +239,44 @@ def test_validation_loss_equals_that_of_training(one_rank, run_dir, stream, tmp_
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     [loss] = [row["val_loss"] for row in rows if "val_loss" in row]
     assert one_rank.stream["routings"][0]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def of_extreme_log_probs():
+    """Return, on a rank, a summary of extreme losses, and the errors of those that are not finite.
+
+    The model, the data and the routing are replaced by the least that the functions need.
+    """
+    from megatron_ext.evaluation.log_likelihoods import DataReplicas, LanguageModel, ScoringRequest
+    from megatron_ext.evaluation.losses import Losses, summary, window_losses
+
+    class Model(LanguageModel):
+        replicas, value = DataReplicas(), 0.0
+
+        def log_probs(self, batch):
+            return torch.full((2, len(batch.targets)), self.value)
+
+    routing = MagicMock(pooled=False, metrics=dict)
+    routing.name = "et"
+    windows = MagicMock(number=3, length=4, targets=12)
+    windows.__getitem__.side_effect = lambda window: np.arange(5)
+    model, messages = Model(), []
+    model.value = -800.0
+    losses = window_losses(model, windows, routing, 2)
+    row = summary(losses, losses, routing, None)
+    for model.value in (math.nan, -math.inf):
+        with pytest.raises(UserError) as refused:
+            window_losses(model, windows, routing, 2)
+        messages.append(str(refused.value))
+    model.value = math.nan
+    with pytest.raises(UserError) as refused:
+        model.score([ScoringRequest(np.arange(5), 1)])
+    return row, Losses(losses.sums / 2, losses.tokens).mean, [*messages, str(refused.value)]
+
+
+def test_extreme_losses_are_reported_and_those_that_are_not_finite_refused():
+    [(row, half, messages)] = run_ranks(of_extreme_log_probs, 1)
+    assert row["loss"] == 800 and row["perplexity"] == math.inf and half == 400
+    assert json.loads(dump_json(row))["perplexity"] == "Infinity"
+    for message in messages[:2]:
+        assert message.startswith("The loss of 3 of 3 sequences is not finite")
+    assert messages[2].startswith("The logits of the model are not finite")

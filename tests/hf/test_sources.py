@@ -52,6 +52,21 @@ def test_open_hf_ignores_the_output_layer_of_a_tied_model(save: Any) -> None:
         open_hf(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    value: float, dtype: torch.dtype, save: Any
+) -> None:
+    norm, embedding = torch.ones(64, dtype=dtype), torch.full((500, 64), -3e38, dtype=dtype)
+    further = {"model.norm.weight": norm, "model.embed_tokens.weight": embedding}
+    assert torch.equal(open_hf(save("llama", further)).tensors.read("model.norm.weight"), norm)
+    norm[17] = value
+    tensors = open_hf(save("llama", further)).tensors
+    assert torch.equal(tensors.read("model.embed_tokens.weight"), embedding)
+    with pytest.raises(UserError, match=r"has a value in model\.norm\.weight that is not finite"):
+        tensors.read("model.norm.weight")
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.bias", "model.position_ids"])
 def test_open_hf_refuses_unexpected_tensors(name: str, save: Any) -> None:
     with pytest.raises(UserError, match=f"has a tensor {name}, which no model"):

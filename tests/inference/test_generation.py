@@ -72,7 +72,22 @@ def on_one_rank(path):
     facts.refusals = [
         refusal(trained, prompts) for prompts in ([[1], []], [[1] * MAX_LENGTH], [[500]], [[-1]])
     ]
+    facts.broken = broken(trained)  # last, because it damages the model
     return facts
+
+
+def broken(trained):
+    """Return the errors of models with a weight of one token's output that is not finite."""
+    from megatron_ext.inference.generation import generate
+
+    [weight] = [p for name, p in trained.module.named_parameters() if "output_layer" in name]
+    messages = []
+    for weight[499] in (math.nan, math.inf):
+        for sampling in (GREEDY, RANDOM):
+            with pytest.raises(UserError) as refused:
+                generate(trained, PROMPTS, sampling)
+            messages.append(str(refused.value))
+    return messages
 
 
 def logits_with_cache_and_in_full(trained):
@@ -357,3 +372,9 @@ def test_sampling_refusals_name_the_flag(options):
     flag = next(iter(options)).replace("_", "-")
     with pytest.raises(UserError, match=f"--{flag}"):
         Sampling(**options)
+
+
+def test_logits_that_are_not_finite_are_refused(one_rank):
+    assert len(one_rank.broken) == 4
+    for message in one_rank.broken:
+        assert message.startswith("The logits of the model are not finite")
