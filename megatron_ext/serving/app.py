@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_ext.inference.row import NOT_FINITE
 from megatron_ext.serving.bodies import BadRequest
 from megatron_ext.serving.openai_protocol import Call, RequestParser
 from megatron_ext.serving.openai_responses import CompletionResponse, error
@@ -29,6 +30,8 @@ TokenEvents = AsyncGenerator[tuple[int, TokenEvent]]
 """Token events of a call with the indices of their choices, in the order of arrival."""
 
 _CLIENT_CLOSED = 499  # status that nginx logs for a client that disconnected
+
+_FAULT = "The server failed to answer the request. Its log has the cause."
 
 
 class HTTPError(Exception):
@@ -189,6 +192,8 @@ class Api:
                 if event is None:
                     raise HTTPError(503, "The server has stopped. Try again later.")
                 unfinished -= event.finish is not None
+                if event.finish == "failed":
+                    raise HTTPError(500, NOT_FINITE)
                 yield index, event
         finally:
             disconnected.cancel()
@@ -246,13 +251,16 @@ async def _stream(completion: CompletionResponse, events: TokenEvents) -> AsyncI
         except HTTPError as failure:
             yield _server_sent(error(str(failure), failure.status))
             return
+        except Exception:
+            yield _server_sent(error(_FAULT, 500))
+            raise  # for the server's log
     for chunk in completion.closing():
         yield _server_sent(chunk)
     yield "data: [DONE]\n\n"
 
 
 def _server_sent(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 def make_app(api: Api, key: str | None = None) -> ASGIApp:
@@ -280,6 +288,10 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
     async def disconnected(request: Request, raised: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED)
 
+    async def fault(request: Request, raised: Exception) -> Response:
+        """Respond to an error that no other handler expects; Starlette raises it afterwards."""
+        return HTTPError(500, _FAULT).response()
+
     async def plain(request: Request, raised: Any) -> Response:
         return JSONResponse(error(str(raised.detail), raised.status_code), raised.status_code)
 
@@ -289,6 +301,7 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
         ClientDisconnect: disconnected,
         404: plain,
         405: plain,
+        Exception: fault,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     return _AccessLog(_KeyCheck(app, key) if key else app)

@@ -233,12 +233,14 @@ class RequestParser:
         vocab = self.trained.vocab_size
         bias = {}
         for name, value in request.logit_bias.items():
-            if not (name.isdecimal() and name.isascii() and int(name) < vocab):
+            digits = name.lstrip("0") or "0"  # Python converts up to 4300 digits
+            is_number = name.isdecimal() and name.isascii() and len(digits) <= len(str(vocab))
+            if not (is_number and int(digits) < vocab):
                 raise BadRequest(
-                    f"logit_bias has the key {name!r}. Keys must be token ids below {vocab}.",
+                    f"logit_bias has the key {name!r:.40}. Keys must be token ids below {vocab}.",
                     "logit_bias",
                 )
-            bias[int(name)] = value
+            bias[int(digits)] = value
         if not all(0 <= token < vocab for token in request.stop_token_ids):
             raise BadRequest(
                 f"stop_token_ids must be token ids from 0 to {vocab - 1}.", "stop_token_ids"

@@ -1,6 +1,7 @@
 """Tests of requests that a server refuses, and of requests that exceed their time limit."""
 
 import asyncio
+import json
 import socket
 import threading
 from typing import Any
@@ -39,6 +40,7 @@ from tests.serving.client import KEY, PROMPT, settled
         ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
         ({"logit_bias": [5]}, 400, "logit_bias"),
+        pytest.param({"logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", id="5000 digits"),
         ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
         ({"presence_penalty": "0"}, 400, "presence_penalty"),
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
@@ -209,3 +211,56 @@ def test_missing_template_and_timeouts_return_a_message(run_dir):
     assert slow[0] == 408 and "did not arrive within 0.1 seconds" in slow[1]
     assert late[0] == 504 and "0.02 seconds" in late[1]
     assert streamed[0] == 200 and "0.02 seconds" in streamed[1] and "[DONE]" not in streamed[1]
+
+
+def answers_of_a_broken_model(path):
+    """Return, on a rank, the answers of a model with a weight that is not finite."""
+    from megatron_ext.inference.loading import load_model
+    from megatron_ext.serving.app import Api, make_app
+    from megatron_ext.serving.openai_protocol import RequestLimits, RequestParser
+    from megatron_ext.serving.replicas import ModelReplicas
+    from megatron_ext.serving.scheduler import Scheduler
+
+    trained = load_model(path)
+    scheduler = Scheduler(ModelReplicas(trained, max_slots=2), max_waiting=4)
+    reader = RequestParser(trained, "tiny", RequestLimits())
+    app = make_app(Api(scheduler, reader, timeout=100))
+    [weight] = [p for name, p in trained.module.named_parameters() if "output_layer" in name]
+    body = {"prompt": [300, 301], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+    async def ask():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            value, weight[7, 0] = float(weight[7, 0]), float("nan")
+            result = []
+            for change in ({}, {"logprobs": 2}, {"logprobs": 1, "echo": True}, {"stream": True}):
+                result.append(await client.post("/v1/completions", json=body | {"n": 2} | change))
+            weight[7, 0] = value
+            result.append(
+                await client.post("/v1/completions", json=body | {"logit_bias": {"007": 1}})
+            )
+            reader.completion = lambda body: 1 / 0
+            result.append(await client.post("/v1/completions", json=body))
+            return [(answer.status_code, answer.text) for answer in result]
+
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    try:
+        return asyncio.run(ask())
+    finally:
+        scheduler.close()
+        thread.join(30)
+
+
+def test_a_server_answers_in_json_when_it_fails_and_continues(run_dir):
+    [result] = run_ranks(answers_of_a_broken_model, 1, run_dir)
+    *broken, streamed, healed, fault = result
+    for status, text in broken:
+        problem = json.loads(text)["error"]
+        assert status == problem["code"] == 500 and problem["type"] == "server_error"
+        assert problem["message"].startswith("The logits of the model are not finite")
+    assert streamed[0] == 200 and "[DONE]" not in streamed[1]
+    event = json.loads(streamed[1].removeprefix("data: "))
+    assert event["error"]["message"].startswith("The logits of the model are not finite")
+    assert healed[0] == 200 and json.loads(healed[1])["usage"]["completion_tokens"] == 4
+    assert fault[0] == 500 and "Its log has the cause" in json.loads(fault[1])["error"]["message"]
