@@ -192,9 +192,9 @@ class RecordFile:
             self.schema, self.roles = self._find_schema(self.options.rename(valid[0]))
             self._check_roles(self.schema, self.roles)
             if "score" in self.schema.further_roles:
-                for row in valid:
+                for example in valid:
                     with suppress(UserError):
-                        response_rows.note_ratings(self._source_row(row))
+                        response_rows.note_ratings(self._source_row(example))
         for number, row in chain(first, rows):
             if isinstance(row, MalformedRow):
                 yield row

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_ext.errors import UserError
 
@@ -124,7 +124,7 @@ def _missing_field(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return ""  # Without a value in the first rows, nothing is known about its fields.
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -259,7 +260,8 @@ def of_extreme_log_probs():
     routing.name = "et"
     windows = MagicMock(number=3, length=4, targets=12)
     windows.__getitem__.side_effect = lambda window: np.arange(5)
-    model, messages = Model(), []
+    model: Any = Model()
+    messages = []
     model.value = -800.0
     losses = window_losses(model, windows, routing, 2)
     row = summary(losses, losses, routing, None)
@@ -269,7 +271,7 @@ def of_extreme_log_probs():
         messages.append(str(refused.value))
     model.value = math.nan
     with pytest.raises(UserError) as refused:
-        model.score([ScoringRequest(np.arange(5), 1)])
+        model.score([ScoringRequest(np.arange(5, dtype=np.int32), 1)])
     return row, Losses(losses.sums / 2, losses.tokens).mean, [*messages, str(refused.value)]
 
 

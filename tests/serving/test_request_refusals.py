@@ -239,7 +239,7 @@ def answers_of_a_broken_model(path):
             result.append(
                 await client.post("/v1/completions", json=body | {"logit_bias": {"007": 1}})
             )
-            reader.completion = lambda body: 1 / 0
+            setattr(reader, "completion", lambda body: 1 / 0)  # noqa: B010
             result.append(await client.post("/v1/completions", json=body))
             return [(answer.status_code, answer.text) for answer in result]
 

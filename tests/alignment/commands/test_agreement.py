@@ -1,6 +1,7 @@
 """Tests of the command that compares two files of verdicts, and of the arrays that it computes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def write(file: Path, records: list[Any]) -> str:
     return str(file)
 
 
-def scores(labels: list[float | None], sample: int = 0) -> list[Verdict]:
+def scores(labels: Sequence[float | None], sample: int = 0) -> list[Verdict]:
     bad = {"outcome": Outcome.UNPARSEABLE, "reason": "what?"}
     return [
         Verdict(f"r{i}", sample=sample, **(bad if x is None else {"outcome": "score", "score": x}))  # type: ignore[arg-type]
