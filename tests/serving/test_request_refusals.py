@@ -163,6 +163,17 @@ def test_server_refuses_a_wrong_key(server):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong").models.list()
 
 
+def answered(scheduler, asking):
+    """Return the result of a coroutine that sends requests while the scheduler runs."""
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    try:
+        return asyncio.run(asking)
+    finally:
+        scheduler.close()
+        thread.join(30)
+
+
 def answers_without_time_or_template(path):
     """Return, on a rank, statuses and messages of the application for some requests."""
     from megatron_ext.inference.loading import load_model
@@ -194,13 +205,7 @@ def answers_without_time_or_template(path):
             ]
             return [(answer.status_code, answer.text) for answer in result]
 
-    thread = threading.Thread(target=scheduler.run)
-    thread.start()
-    try:
-        return asyncio.run(ask())
-    finally:
-        scheduler.close()
-        thread.join(30)
+    return answered(scheduler, ask())
 
 
 def test_missing_template_and_timeouts_return_a_message(run_dir):
@@ -243,13 +248,7 @@ def answers_of_a_broken_model(path):
             result.append(await client.post("/v1/completions", json=body))
             return [(answer.status_code, answer.text) for answer in result]
 
-    thread = threading.Thread(target=scheduler.run)
-    thread.start()
-    try:
-        return asyncio.run(ask())
-    finally:
-        scheduler.close()
-        thread.join(30)
+    return answered(scheduler, ask())
 
 
 def test_a_server_answers_in_json_when_it_fails_and_continues(run_dir):

@@ -197,7 +197,7 @@ def test_manifest_describes_settings_and_inputs(model, tmp_path):
 
 
 def test_output_of_one_document_is_stated_in_the_singular(model, tmp_path, capsys):
-    """Sampled documents are distinct, and no more than there are."""
+    """Sampled documents are distinct, so that there are at most as many as documents."""
     for texts, phrases in (
         (["one"], ["train: 1 document, ", "verified; it decodes to exactly its source"]),
         (["one", "two"], ["train: 2 documents, ", "2 of 2 sampled documents decode"]),
