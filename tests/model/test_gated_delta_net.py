@@ -43,7 +43,9 @@ def packed_and_alone(*flags: str) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([*(part.detach() for part in logits), *gradients])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+        # Gradients are sums over all tokens, whose rounding errors follow the largest elements.
+        largest = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(ours, expected, atol=1e-5 * largest, rtol=1e-4)
     with torch.no_grad():  # the mask matters
         assert (run(tokens, None)[0, 5:25] - results[0][1]).abs().max() > 1e-3
 
