@@ -98,7 +98,7 @@ def check_resuming(checkpoint: Path, args: Namespace, config: ETConfig) -> None:
 
 def _has_changed_data(saved: Namespace, args: Namespace) -> bool:
     """Return whether the same flags name data with another content than in the checkpoint."""
-    content = (args.data_sha256, getattr(saved, "data_sha256", None))
+    content = [getattr(each, "data_sha256", None) for each in (args, saved)]
     same = all(getattr(saved, name, None) == getattr(args, name) for name in (*SOURCES, "split"))
     return None not in content and content[0] != content[1] and same
 
