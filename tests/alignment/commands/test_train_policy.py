@@ -77,9 +77,10 @@ def train(folder, run, judge, steps, *more):
     """Return the exit code of `train-policy`, or its error message."""
     from alignment.commands.train_policy import main
 
+    data = {"--prompts": folder / "prompts.jsonl", "--held-out": folder / "held_out.jsonl"}
     words = [
         *("--model", folder / "model", "--run-dir", run, "--steps", steps, "--judge", judge),
-        *("--prompts", folder / "prompts.jsonl", "--held-out", folder / "held_out.jsonl"),
+        *(word for flag, file in data.items() if flag not in more for word in (flag, file)),
         *("--gold", folder / "other.yaml", "--batch-size", 16, "--group-size", 4),
         *("--mini-batches", 1, "--max-new-tokens", 12, "--temperature", 0.8, "--seq-length", 96),
         *("--lr", 1e-2, "--eval-interval", 2, "--save-interval", 2, "--micro-batch-size", 4),
