@@ -92,8 +92,8 @@ def blends(args: Namespace) -> list[Blend]:
 def data_digest(args: Namespace) -> str | None:
     """Return the SHA-256 digest of the indices of all datasets of a run, None with mock data.
 
-    An index contains the length of every document. Two runs with the same flags and this digest
-    read the same samples in the same order.
+    An index contains the length of every document, and no text. Two runs with the same flags and
+    this digest read samples at the same positions, in the same order.
     """
     if args.mock_data:
         return None

@@ -71,7 +71,7 @@ def train_valid_test_datasets(
 
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
-    """Configuration with the digest of the datasets' content."""
+    """Configuration with the digest of the datasets' indices."""
 
     data_sha256: str | None = None
 
