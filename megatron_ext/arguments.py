@@ -53,7 +53,10 @@ _NO_TRACKERS = ["--tensorboard-dir", "", "--wandb-project", "", "--mlflow-experi
 
 
 def parse_args(
-    argv: Sequence[str], writes: bool = True, world_size: int | None = None
+    argv: Sequence[str],
+    writes: bool = True,
+    world_size: int | None = None,
+    defaults: Sequence[str] = (),
 ) -> tuple[Namespace, ETConfig]:
     """Parse and validate a command line, and initialize Megatron's global state with it.
 
@@ -65,11 +68,12 @@ def parse_args(
             follow it override those of the recipe.
         writes: Whether TensorBoard and other trackers, which write files, may be opened.
         world_size: Number of ranks. Default: that of the environment.
+        defaults: Flags that the program sets and those of `argv` override.
 
     Raises:
         UserError: The command line has a mistake; raised on every rank.
     """
-    args, explicit = parse_flags(argv, writes)
+    args, explicit = parse_flags(argv, writes, defaults)
     args.rank = int(os.environ.get("RANK", "0"))
     if args.dry_run is not None:
         args.rank = args.local_rank = 0
@@ -128,7 +132,9 @@ def _use_rows(args: Namespace) -> None:
     args.padded_vocab_size = -(-rows // tensor) * tensor
 
 
-def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, set[str]]:
+def parse_flags(
+    argv: Sequence[str], writes: bool = True, defaults: Sequence[str] = ()
+) -> tuple[Namespace, set[str]]:
     """Parse a command line without side effects.
 
     The defaults of some flags depend on other flags. Therefore the command line is parsed first
@@ -137,26 +143,27 @@ def parse_flags(argv: Sequence[str], writes: bool = True) -> tuple[Namespace, se
     Args:
         argv: Flags, without the program's name.
         writes: Whether trackers may be opened.
+        defaults: Flags that the program sets and those of `argv` override.
 
     Returns:
-        The arguments, and the names of those that the command line or a recipe sets.
+        The arguments, and the names of those that the command line, a recipe or the program sets.
     """
     parser = ToolParser(prog="pretrain_et.py", add_help=False, allow_abbrev=False)
     add_arguments(add_megatron_arguments(parser))
-    flags = expand_recipes(argv, parser)
+    flags = expand_recipes(argv, parser, defaults=defaults)
     if {"-h", "--help"} & set(flags):
         _print_help(parser)
         sys.exit(0)
     explicit = _explicit(flags, parser)
-    defaults = [*_DEFAULTS, *device_default_args()]
-    args = parser.parse_args([*defaults, *flags])
+    base = [*_DEFAULTS, *device_default_args()]
+    args = parser.parse_args([*base, *flags])
     forced = [] if args.dry_run is None else _dry_run_flags(args)
     if args.async_save:
         forced += _async_save_flags(args, explicit)
     if not writes:
         forced += _NO_TRACKERS
     run_dir = [] if args.dry_run is not None else _run_dir_flags(args.run_dir)
-    before = [*run_dir, *paper_flags(args), *defaults]
+    before = [*run_dir, *paper_flags(args), *base]
     if args.dry_run is None:
         forced += tokenizer_flags(parser.parse_args([*before, *flags]), explicit)
     args = parser.parse_args([*before, *flags, *forced])

@@ -54,7 +54,7 @@ class _Entry:
     """One flag of an expanded command line.
 
     Attributes:
-        source: File of the recipe, or `_COMMAND_LINE`.
+        source: File of the recipe, `_COMMAND_LINE`, or what a message calls other words.
         action: Action of the parser, or None for words that do not belong to a flag.
         words: Flag and its values, empty if a recipe removes the flag.
     """
@@ -76,7 +76,10 @@ class _Entry:
 
 
 def expand_recipes(
-    argv: Sequence[str], parser: ArgumentParser, unused: Collection[str] = ()
+    argv: Sequence[str],
+    parser: ArgumentParser,
+    unused: Collection[str] = (),
+    defaults: Sequence[str] = (),
 ) -> list[str]:
     """Replace each `--recipe FILE` by the flags of the recipe.
 
@@ -89,10 +92,21 @@ def expand_recipes(
         argv: Words of the command line.
         parser: Parser of the command.
         unused: Keys of shared recipes that only other commands use.
+        defaults: Flags of a program, which those of the command line override as they override
+            those of a recipe.
 
     Raises:
         UserError: A file cannot be read, or a key is not a flag.
     """
+    entries = _entries(defaults, parser, "the program", unused)
+    entries += _entries(argv, parser, _COMMAND_LINE, unused)
+    return [word for entry in _with_context(_resolve(entries)) for word in entry.words]
+
+
+def _entries(
+    argv: Sequence[str], parser: ArgumentParser, source: str, unused: Collection[str]
+) -> list[_Entry]:
+    """Return the flags of a list of words, its recipes expanded."""
     entries: list[_Entry] = []
     remaining = list(argv)
     while remaining:
@@ -109,8 +123,8 @@ def expand_recipes(
         words = [word]
         while remaining and not remaining[0].startswith("--"):
             words.append(remaining.pop(0))
-        entries.append(_Entry(_COMMAND_LINE, action, tuple(words)))
-    return [word for entry in _with_context(_resolve(entries)) for word in entry.words]
+        entries.append(_Entry(source, action, tuple(words)))
+    return entries
 
 
 def check_flag_names(argv: Sequence[str]) -> None:

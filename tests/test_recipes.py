@@ -85,6 +85,29 @@ def test_list_of_a_later_source_replaces_that_of_an_earlier_one(tmp_path: Path) 
         path(*from_recipe, "--data-path", "b", "--data-path=c")
 
 
+def test_flags_of_a_program_are_overridden_like_those_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train_samples: 24\n")
+    tool = ToolParser(prog="pretrain_et.py")
+    for name in ("train-iters", "train-samples", "lr"):
+        tool.add_argument(f"--{name}")
+    for name in ("moe-aux-loss-coeff", "data-path"):
+        tool.add_argument(f"--{name}", nargs="*")
+    defaults = ["--moe-aux-loss-coeff", "0.1", "--train-iters", "3", "--lr", "2"]
+
+    def settings(*words: str) -> dict[str, object]:
+        arguments = vars(tool.parse_args(expand_recipes(words, tool, defaults=defaults)))
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    assert settings() == {"moe_aux_loss_coeff": ["0.1"], "train_iters": "3", "lr": "2"}
+    assert settings("--moe-aux-loss-coeff", "0", "1", "--lr", "1") == {
+        "moe_aux_loss_coeff": ["0", "1"], "train_iters": "3", "lr": "1"
+    }  # fmt: skip
+    other = settings("--recipe", str(tmp_path / "recipe.yaml"))
+    assert other == {"moe_aux_loss_coeff": ["0.1"], "train_samples": "24", "lr": "2"}
+    with pytest.raises(UserError, match="--moe-aux-loss-coeff is repeated"):
+        settings("--moe-aux-loss-coeff", "0", "--moe-aux-loss-coeff", "1")
+
+
 def test_contradiction_within_one_source_reaches_the_checks(tmp_path: Path) -> None:
     both = values(tmp_path, "{}", "--train-samples", "24", "--train-iters", "3")
     assert both == {"train_samples": "24", "train_iters": "3"}

@@ -171,24 +171,22 @@ def _pretraining_args(
     """
     layout = megatron_layout(config.engine, config.optimization.use_distributed_optimizer)
     values = {
-        "seq-length": config.batch.seq_length,
+        "seq_length": config.batch.seq_length,
         "lr": config.optimization.lr,
-        "train-iters": 1,
-        "vocab-size": model.vocab,
-        "transformer-impl": "local",
-        "dry-run": world_size,
+        "train_iters": 1,
+        "vocab_size": model.vocab,
+        "transformer_impl": "local",
+        "dry_run": world_size,
     }
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     precision = [] if config.engine.dtype == "fp32" else ["--bf16"]
     extra = [*shlex.split(config.engine.megatron_flags), *flags]
-    words_of_model = [*to_flags(model), *precision, *layout.flags, *words, "--mock-data", *extra]
-    sizes, _ = parse_flags(words_of_model, writes=False)
+    defaults = [*to_flags(model, values), *precision, *layout.flags, "--mock-data"]
+    sizes, _ = parse_flags(extra, writes=False, defaults=defaults)
     ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size
     stages = sizes.pipeline_model_parallel_size
     copies = max(1, world_size // (ranks * stages))
-    return parse_args(
-        [*words_of_model, "--global-batch-size", str(sizes.micro_batch_size * copies * stages)]
-    )
+    batch = sizes.micro_batch_size * copies * stages
+    return parse_args([*extra, "--global-batch-size", str(batch)], defaults=defaults)
 
 
 def cache_bytes(

@@ -99,33 +99,32 @@ def start(
         layout.tensor * layout.pipeline * layout.context
     )
     values: dict[str, Any] = {
-        "global-batch-size": layout.micro_batch * max(copies, 1),  # Megatron requires a multiple
-        "train-iters": optimization.steps,
+        "global_batch_size": layout.micro_batch * max(copies, 1),  # Megatron requires a multiple
+        "train_iters": optimization.steps,
         "lr": optimization.lr,
-        "min-lr": 0.0,
-        "lr-decay-style": "linear",
-        "lr-warmup-iters": optimization.warmup,
-        "weight-decay": optimization.weight_decay,
-        "adam-beta1": optimization.betas[0],
-        "adam-beta2": optimization.betas[1],
-        "adam-eps": optimization.eps,
-        "clip-grad": optimization.clip,
+        "min_lr": 0.0,
+        "lr_decay_style": "linear",
+        "lr_warmup_iters": optimization.warmup,
+        "weight_decay": optimization.weight_decay,
+        "adam_beta1": optimization.betas[0],
+        "adam_beta2": optimization.betas[1],
+        "adam_eps": optimization.eps,
+        "clip_grad": optimization.clip,
         # Attention of Transformer Engine does not support several samples per row.
-        "transformer-impl": "local",
+        "transformer_impl": "local",
     }
     if model.router is not None:
         values |= {
-            "moe-token-dispatcher-type": "alltoall",
-            "moe-router-load-balancing-type": "none",
-            "moe-aux-loss-coeff": 0.0,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
         }
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     # Steps are not repeated; values that are not finite end the run.
-    words += ["--rerun-mode", "disabled"]
+    words = ["--rerun-mode", "disabled"]
     words += ["--skip-train"] if frozen else []  # neither optimizer nor buffers of gradients
     words += ["--mock-data", "--calculate-per-token-loss", "--no-rope-fusion"]
     words += ["--et-warmup-iters", "0"] if model.thresholds else []
-    args, config = parse_args([*to_flags(model), *precision, *words, *flags])
+    args, config = parse_args(flags, defaults=[*to_flags(model, values), *precision, *words])
     if same_model:
         _check_same_function(args, model)
     multiple = args.make_vocab_size_divisible_by * layout.tensor

@@ -1,6 +1,7 @@
 """Description of a model's architecture, independent of Megatron and of Hugging Face families."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -309,10 +310,15 @@ def _expert_settings(args: Namespace, router: str | None) -> dict[str, Any]:
     }
 
 
-def to_flags(model: Architecture) -> list[str]:
-    """Return the flags of `pretrain_et.py` that build this model."""
+def to_flags(model: Architecture, changes: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the flags of `pretrain_et.py` that build this model.
+
+    Args:
+        model: Shape of the model.
+        changes: Further settings, and those that replace the model's, as a recipe has them.
+    """
     words: list[str] = []
-    for name, value in to_settings(model).items():
+    for name, value in (to_settings(model) | dict(changes or {})).items():
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, str(value)]
     return words
