@@ -11,8 +11,8 @@ import yaml
 from megatron_ext.errors import UserError
 from tests.distributed import run_ranks
 from tests.inference.checkpoint import MAX_LENGTH, run_dir  # noqa: F401
-from tests.vllm.servers import make_model, serve
-from tests.vllm.test_served_models import FP32, differences
+from tests.vllm.servers import FP32, make_model, serve
+from tests.vllm.test_served_models import differences
 
 
 def publish(model, out, *flags):

@@ -16,6 +16,7 @@ from tests.alignment.chat_model import make_model as make_dense
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import (
+    FP32,
     free_port,
     serve_policy,
     start,
@@ -24,7 +25,6 @@ from tests.vllm.servers import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
-FP32 = 1e-5
 
 
 @pytest.fixture(scope="module")

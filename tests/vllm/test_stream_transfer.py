@@ -19,6 +19,7 @@ from tests.alignment.chat_model import make_model as make_dense
 from tests.alignment.rl.vllm_training import drawn, learn
 from tests.distributed import run_ranks
 from tests.vllm.servers import (
+    FP32,
     make_model,
     serve,
     serve_policy,
@@ -27,7 +28,6 @@ from tests.vllm.servers import (
 from tests.vllm.test_served_models import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
-FP32 = 1e-5
 BACK_END = ["--weight-transfer-config", json.dumps({"backend": TRANSFER_BACK_END})]
 
 
