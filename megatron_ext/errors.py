@@ -203,15 +203,24 @@ def run_on_ranks(main: Callable[[], int | None]) -> None:
         if code := _unless_nobody_reads(main):
             sys.exit(code)
     except UserError as error:
-        name = typed_command or Path(sys.argv[0]).name
-        message = f"{name}: {' '.join(str(error).split())}"
-        _report_cause(message)
-        if _first_on_node():
-            console.error(message)
+        report_failure(str(error))
         sys.exit(error.status)
     except Exception as error:
         _report_cause(f"{''.join(format_exception_only(error)).strip()} (stack trace above)")
         raise
+
+
+def report_failure(message: str) -> None:
+    """Print why this program fails, once on each node, and let torchrun end with it.
+
+    Args:
+        message: Sentence about the mistake and its fix.
+    """
+    name = typed_command or Path(sys.argv[0]).name
+    line = f"{name}: {' '.join(message.split())}"
+    _report_cause(line)
+    if _first_on_node():
+        console.error(line)
 
 
 def _report_cause(cause: str) -> None:

@@ -14,10 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import (
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+)
 
 from megatron_ext.config import ETConfig
 from megatron_ext.console import console, log_name
 from megatron_ext.devices import is_cpu_device
+from megatron_ext.errors import report_failure
 from megatron_ext.planning.dry_run.parameters import Parameters, count_parameters
 from megatron_ext.report_lines import RemainingTime, clock, report_line, short, step_of
 from megatron_ext.training.blends import blends
@@ -27,6 +32,9 @@ from megatron_ext.training.run_progress import RunProgress
 _STARVED = 0.5  # of the guaranteed minimum of the experts, filled with tokens below the threshold
 _WITHOUT_EXPERT = 0.5  # of the tokens
 _WAITING = 0.2  # of the time of the steps, for data
+
+# Statuses with which Megatron ends a run whose loss or gradient is not finite when it is repeated.
+_NOT_FINITE = (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
 
 
 class RunConsole:
@@ -74,14 +82,21 @@ class RunConsole:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        """Print the result, if the training finished or was stopped by a signal."""
+        """Print the result, if the training finished or was stopped by a signal or by Megatron."""
+        diverged = kind is not None and getattr(error, "code", 0) in _NOT_FINITE
+        if diverged:
+            report_failure(
+                f"the loss or a gradient of step {self._args.curr_iteration + 1:,} is not a finite "
+                "number. Train with a lower --lr in a new run, or repeat the command on other "
+                "devices if this step succeeded before."
+            )
         if not self._writes or (kind is not None and not issubclass(kind, SystemExit)):
             return
         args, step = self._args, self._last.get("step", self._progress.iteration)
         seconds = clock(time.monotonic() - self._begin)
         total = args.train_iters or step
         if step < total and not args.skip_train:
-            advice = " Run the same command again to resume." if args.save else ""
+            advice = " Run the same command again to resume." if args.save and not diverged else ""
             self._print("Stopped", f"after step {step:,} of {total:,}, {seconds}.{advice}")
         elif not args.skip_train:
             tokens = short(self._last["tokens"]) if self._last else ""
