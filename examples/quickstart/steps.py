@@ -94,23 +94,45 @@ def _deferred_signals() -> Iterator[None]:
         raise Stopped(came[0])
 
 
-def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
+def run_steps(
+    steps: Sequence[Step], folder: Path, jobs: int = 1, keep_going: bool = False
+) -> dict[str, str]:
     """Run the unfinished steps, in order.
 
     Args:
         steps: Steps of the procedure.
         folder: Folder of the stamps. A finished step with the same inputs is not run again.
         jobs: Number of concurrent steps; more than 1 requires independent steps.
+        keep_going: Whether to run the other steps if one fails after it has made a file, such as a
+            training that diverges. A step that fails before that has a mistake in its command.
+
+    Returns:
+        Names of the steps that failed, with the messages of their commands.
 
     Raises:
         UserError: A step failed, with the message of its command; concurrent steps are stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     running: list[_Running] = []
+    failures: dict[str, str] = {}
+
+    def wait() -> None:
+        time.sleep(_POLL_S)
+        for one in [*running]:
+            try:
+                if not one.ended():
+                    continue
+            except UserError as error:
+                if not keep_going or not any(path.exists() for path in one.step.makes):
+                    raise
+                say(f"{one.label} failed: {error}")
+                failures[one.step.name] = str(error)
+            running.remove(one)
+
     with ExitStack() as stack:
         for number, step in enumerate(steps, 1):
             while len(running) == jobs:
-                running = _still_running(running)
+                wait()
             label = f"[{number}/{len(steps)}] {step.name}:"
             stamp, start_stamp = stamp_of(step), folder / f"{step.name}.begun"
             done = folder / f"{step.name}.done"
@@ -127,7 +149,8 @@ def run_steps(steps: Sequence[Step], folder: Path, jobs: int = 1) -> None:
             one.start()
             running.append(one)
         while running:
-            running = _still_running(running)
+            wait()
+    return failures
 
 
 def say(line: str) -> None:
@@ -217,12 +240,6 @@ class _Running:
         return True
 
 
-def _still_running(running: Sequence[_Running]) -> list[_Running]:
-    """Return the steps that have not ended a moment later."""
-    time.sleep(_POLL_S)
-    return [one for one in running if not one.ended()]
-
-
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     """Terminate a process, and kill it and its descendants after a grace period."""
     if process.poll() is not None:
@@ -246,10 +263,13 @@ def failure(command: Sequence[str], written: str) -> str:
     """Return why a command failed: its own sentence, the first exception, or its last line."""
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     script = next((word for word in command if word.endswith(".py")), "")
-    tool = script or command[1].rpartition(".")[2]
+    tool = Path(script).name or command[1].rpartition(".")[2]
     if ("-m", "alignment") in pairwise(command):  # also on ranks that another module starts
         tool = "et-align"
-    for pattern in (rf"{re.escape(tool)}: ", r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S"):
+    for pattern in (
+        rf"{re.escape(tool)}: (?!warning: )",
+        r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception): \S",
+    ):
         if reason := next((line for line in lines if re.match(pattern, line)), None):
             return reason
     return lines[-1] if lines else f"{tool} failed without a message"

@@ -12,6 +12,7 @@ import pytest
 from examples.alignment.steps import align, training
 from examples.quickstart import steps
 from examples.quickstart.steps import Step, Stopped, failure, module, run_steps, stop_on_signals
+from megatron_ext.errors import UserError
 from tests.warm import warm_python
 
 
@@ -55,6 +56,34 @@ def test_step_shows_the_sentence_of_et_align_alone_and_on_ranks(tmp_path: Path) 
         assert failure(command, done.stdout + done.stderr) == (
             f"et-align: --model {tmp_path / 'none'} is not a folder."
         )
+
+
+def test_steps_go_on_after_one_that_made_a_file_and_not_after_a_wrong_command(
+    tmp_path: Path,
+) -> None:
+    def step(name: str, code: str, fails: bool) -> Step:
+        code = f"import sys; {code}; sys.exit({repr(f'{name} diverges') if fails else 0})"
+        made = tmp_path / name
+        return Step(name, "a step", ["-c", code], tmp_path / "log", makes=[made])
+
+    def makes(name: str, fails: bool = False) -> Step:
+        return step(name, f"open({str(tmp_path / name)!r}, 'w')", fails)
+
+    stamps = tmp_path / "stamps"
+    failures = run_steps([makes("a", fails=True), makes("b")], stamps, keep_going=True)
+    assert list(failures) == ["a"] and failures["a"].startswith("a diverges (step a;")
+    assert {path.name for path in stamps.glob("*.done")} == {"b.done"}
+    with pytest.raises(UserError, match="c diverges"):
+        run_steps([step("c", "pass", fails=True), makes("d")], stamps, keep_going=True)
+    with pytest.raises(UserError, match="a diverges"):
+        run_steps([makes("a", fails=True), makes("d")], stamps)
+    assert not (tmp_path / "d").exists()
+
+
+def test_reason_of_a_training_is_its_error_and_not_a_warning() -> None:
+    command = module("torch.distributed.run", Path("folder", "pretrain_et.py"))
+    lines = ["pretrain_et.py: warning: --a has no effect", "pretrain_et.py: --b is 3.", "====="]
+    assert failure(command, "\n".join(lines)) == "pretrain_et.py: --b is 3."
 
 
 def test_training_step_that_starts_again_keeps_no_earlier_file(tmp_path: Path) -> None:
