@@ -6,7 +6,8 @@ Trains every row with every seed on the same tokens at equal active parameters, 
 of all held-out tokens, and writes table.md, results.json, differences.png and the comparison of all
 runs (comparison.html, comparison.png). When the command is run again, it reuses finished runs,
 resumes interrupted ones and adds further seeds or rows to results.json, whose runs may have been
-made on another machine. Flags after `--` are passed to
+made on another machine. A run that fails, for example because it diverges, leaves the others
+running. Flags after `--` are passed to
 pretrain_et.py in every row, for example to choose other sizes. The micro-batches of rows of expert
 choice follow from their pools. With --text the models are trained on your own text.
 """
@@ -209,21 +210,28 @@ def main(argv: list[str] | None = None) -> int:
     settings = shared_settings(optimizer, flags, options.text)
     earlier_results(output, settings)  # refused before anything is trained
     trainings = plan(output, corpus, rows, options.seeds, ranks, jobs, optimizer, flags, on_gpus)
-    validations = [
-        validate(row, output / row.run(seed), corpus, flags, on_gpus)
-        for seed in options.seeds
-        for row in rows
-    ]
     try:
         run_steps(corpus.steps(output / "miniature.log"), output / "steps")
-        run_steps(trainings, output / "steps", jobs)
+        failed = run_steps(trainings, output / "steps", jobs, keep_going=True)
+        validations = [
+            validate(row, output / row.run(seed), corpus, flags, on_gpus)
+            for seed in options.seeds
+            for row in rows
+            if row.run(seed) not in failed
+        ]
         run_steps(validations, output / "steps", jobs)
     except Stopped as stopped:
         say("stopped; run the same command to resume")
         return 128 + stopped.number
     os.environ["MPLBACKEND"] = "agg"
-    say(write_table(output, rows, options.seeds, settings))
-    say(f"{output / 'table.md'} and comparison.html after {duration(time.monotonic() - start)}")
+    if len(failed) < len(trainings):
+        say(write_table(output, rows, options.seeds, settings, failed))
+        say(f"{output / 'table.md'} and comparison.html after {duration(time.monotonic() - start)}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(trainings)} runs failed: {', '.join(failed)}. The message of "
+            f"the first: {next(iter(failed.values()))}"
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
 """The table of all rows, with paired differences."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,11 @@ from megatron_ext.reports.comparison.final_metrics import (
 
 
 def write_table(
-    output: Path, rows: Sequence[Row], seeds: Sequence[int], settings: dict[str, Any]
+    output: Path,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    failed: Collection[str] = (),
 ) -> str:
     """Write table.md, results.json, pictures and the comparison of all runs; return the table.
 
@@ -32,25 +36,26 @@ def write_table(
         rows: Trained rows.
         seeds: Trained seeds.
         settings: What all runs share.
+        failed: Runs that the table leaves out.
 
     Raises:
         UserError: The results in the folder are of runs with other settings.
     """
     earlier = earlier_results(output, settings)
-    names = [row.run(seed) for seed in seeds for row in rows]
+    seeds_of = {row: [seed for seed in seeds if row.run(seed) not in failed] for row in rows}
+    names = [row.run(seed) for row in rows for seed in seeds_of[row]]
     runs = dict(zip(names, read_runs([str(output / name) for name in names])))
     figures = {row.name: dict(earlier.get(row.name, {})) for row in ROWS.values()}
-    for row in rows:
-        for seed in seeds:
+    for row, finished in seeds_of.items():
+        for seed in finished:
             figures[row.name][seed] = _figures(runs[row.run(seed)], output / row.run(seed))
     figures = {name: by_seed for name, by_seed in figures.items() if by_seed}
     if len(names) > 1:
-        in_rows = [str(output / row.run(seed)) for row in rows for seed in seeds]
-        compare(in_rows, output, None)
-    trained = {row.name for row in rows}
-    reference = next((name for name in REFERENCES if name in trained), None)
-    if reference and len(rows) > 1:
-        by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in rows}
+        compare([str(output / name) for name in names], output, None)
+    complete = {row.name: row for row in rows if len(seeds_of[row]) == len(seeds)}
+    reference = next((name for name in REFERENCES if name in complete), None)
+    if reference and len(complete) > 1:
+        by_row = {row.label: [runs[row.run(seed)] for seed in seeds] for row in complete.values()}
         draw_differences(by_row, ROWS[reference].label, output / "differences.png")
     results: dict[str, Any] = {
         name: {

@@ -92,6 +92,18 @@ def test_smallest_difference_is_that_of_a_two_way_layout() -> None:
     assert smallest_difference([]) is None
 
 
+def test_table_leaves_out_runs_that_failed(tmp_path: Path) -> None:
+    make_runs(tmp_path, [3, 5])
+    shutil.rmtree(tmp_path / "et-seed3")
+    rows = [ROWS[name] for name in LOSSES]
+    table = write_table(tmp_path, rows, [3, 5], SETTINGS, failed={"et-seed3"})
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert list(results["et"]["seeds"]) == ["5"]
+    assert results["et"]["difference"]["tc-aux"]["seeds"] == [5]
+    assert "| expert threshold, warm-up | 5 | 4.7000 | -0.3000 |" in table
+    assert (tmp_path / "differences.png").stat().st_size > 10_000
+
+
 def test_results_of_other_machines_belong_to_the_table(tmp_path: Path) -> None:
     rows = [ROWS[name] for name in LOSSES]
     together, first, second = (tmp_path / name for name in ("together", "first", "second"))
@@ -182,6 +194,23 @@ def test_miniature_trains_rows_once_and_compares_them(tmp_path: Path) -> None:
     assert results["et"]["seeds"]["1"]["gap"] is not None
     assert results["tc-aux"]["seeds"]["1"]["gap"] is None
     assert (tmp_path / "comparison.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not has_texts(), reason="the packages with the text are missing")
+def test_miniature_compares_the_rows_that_do_not_diverge(tmp_path: Path) -> None:
+    shape = ("--output", str(tmp_path), "--ranks", "1", "--text", few_texts(tmp_path))
+    flags = ("--train-iters", "3", "--eval-iters", "1")
+    diverging = (*flags, "--moe-router-topk-scaling-factor", "1e38")  # without experts no effect
+    done = miniature(*shape, "--rows", "tc-aux", "dense", "--", *diverging)
+    assert done.returncode == 2
+    assert re.search(
+        r"miniature: 1 of 2 runs failed: tc-aux-seed1\. The message of the first: pretrain_et\.py: "
+        r"the loss or a gradient of step 2 is not a finite number\.",
+        done.stderr,
+    )
+    assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["dense"]
 
 
 def test_miniature_refuses_wrong_flags_in_one_sentence(tmp_path: Path) -> None:
