@@ -25,6 +25,7 @@ from megatron_ext.inference.loading_flags import (
     check_at_least_one,
     is_first_rank,
 )
+from megatron_ext.model_location import model_content
 from megatron_ext.progress import Progress
 from megatron_ext.quiet import quiet_megatron, quiet_warnings
 
@@ -66,7 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--max-length {max_length} is above the model's context length of {model.max_length} "
             "tokens. Set it to at most that."
         )
-    settings = {**model.description, "max_items": flags.max_items, "max_length": max_length}
+    settings = {
+        **model.description,
+        # The folder may have other weights by now, such as the newest export of a run.
+        "weights": model_content(Path(flags.load)),
+        "max_items": flags.max_items,
+        "max_length": max_length,
+    }
     results = from_first_rank(lambda: CoreResults(Path(flags.out), settings))
     for number, task in enumerate(tasks, 1):
         if results.finished(task):

@@ -1,4 +1,4 @@
-"""Settings that must be the same when a run resumes, and fingerprints of its models."""
+"""Settings that must be the same when a run resumes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,21 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.data.row_files import expand_row_files
-from megatron_ext.errors import UserError
-from megatron_ext.model_location import locate_model
+from megatron_ext.model_location import model_content
 from megatron_ext.typed_flags import flag_values, flags_of
-
-# Files of a model's folder, apart from the weights, that affect its responses.
-_SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-_WEIGHTS = (".safetensors", ".distcp", ".bin")
-_SAMPLES, _SAMPLE_BYTES = 16, 16384
 
 
 def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
@@ -47,32 +34,3 @@ def lasting_settings(config: Any, files: Sequence[str] = ()) -> dict[str, Any]:
         paths = [Path(path) for path in expand_row_files(list(settings[name]))]
         settings[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return settings
-
-
-def model_content(path: Path) -> str:
-    """Return a fingerprint of a model that takes milliseconds, whatever the model's size.
-
-    It covers the settings, the tokenizer, and of each file of weights the size and sixteen evenly
-    spaced blocks of 16 KiB. Training changes all of a model's weights, so that other weights of the
-    same shape differ in these blocks. A copy of the folder has the same fingerprint.
-
-    Args:
-        path: A Hugging Face folder, a run directory, or a folder of checkpoints.
-    """
-    digest = hashlib.sha256()
-    try:
-        folder = locate_model(path).folder
-    except UserError:  # loading the model reports the error
-        return ""
-    for name in _SETTINGS:
-        if (folder / name).is_file():
-            digest.update(f"{name}\0".encode() + (folder / name).read_bytes())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _WEIGHTS:
-            size = file.stat().st_size
-            digest.update(f"{file.name}\0{size}\0".encode())
-            with file.open("rb") as stream:
-                for number in range(_SAMPLES):
-                    stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                    digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

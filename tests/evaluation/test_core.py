@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_ext.errors import UserError
 from megatron_ext.evaluation.core.bundle import read_bundle
@@ -73,6 +74,15 @@ def on_one_rank(run, hf, bundle, out):
     with pytest.raises(UserError) as refused:
         evaluate(run, bundle, out / "few", "--tasks", "pick")
     facts.other_settings = str(refused.value)
+    changing, few = shutil.copytree(hf, out / "hf_folder"), ("--max-items", "9", "--tasks", "pick")
+    evaluate(changing, bundle, out / "changed", *few)
+    weights = load_file(changing / "model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in weights.items()}, changing / "model.safetensors"
+    )
+    with pytest.raises(UserError) as refused:
+        evaluate(changing, bundle, out / "changed", *few)
+    facts.other_weights = str(refused.value)
     return facts
 
 
@@ -206,6 +216,7 @@ def test_core_results_keep_finished_tasks_and_refuse_other_settings(one_rank):
     assert second.answers == one_rank.whole.answers
     assert second.table == one_rank.whole.table
     assert "max_items 9" in one_rank.other_settings and "--out" in one_rank.other_settings
+    assert "has results with weights " in one_rank.other_weights
 
 
 def killed_in_the_third_task(run, bundle, out):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from alignment.commands.train_judge_config import TrainJudgeConfig
 from alignment.commands.train_policy_config import TrainPolicyConfig
 from alignment.commands.train_sft_config import TrainSFTConfig
-from alignment.training.run_settings import lasting_settings, model_content
+from alignment.training.run_settings import lasting_settings
+from megatron_ext.model_location import model_content
 from megatron_ext.typed_flags import flag, flags_of, may_change, must_match
 
 # Where and how fast a training runs, and what it reports.
