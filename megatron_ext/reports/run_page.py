@@ -16,8 +16,9 @@ from megatron_ext.reports.run_metrics import RunMetrics
 # Settings that describe the model and its training; the page hides the others in a fold.
 _CHOSEN = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts",
-    "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_layer_freq", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr",
+    "moe_router_topk", "et_mean_experts", "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size", "moe_layer_freq", "seq_length", "global_batch_size",
+    "train_iters", "optimizer", "lr",
     "router_type", "et_warmup_iters", "et_ema_decay", "et_capacity", "world_size",
     "expert_model_parallel_size", "use_distributed_optimizer", "seed",
 )  # fmt: skip

@@ -6,7 +6,6 @@ import logging
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -137,7 +136,7 @@ def measure(args: Namespace, config: ETConfig) -> dict[str, Any]:
             "active": all_parameters.active(rate),
         },
         "flops_per_token": {
-            "megatron": _megatron_flops(args, config),
+            "megatron": training_flops(args, 1) / args.seq_length,
             "executed": flops / tokens,
         },
         "stages": stages,
@@ -190,14 +189,3 @@ def _layout(args: Namespace) -> dict[str, int]:
         "expert": args.expert_model_parallel_size,
         "expert_tensor": args.expert_tensor_parallel_size,
     }
-
-
-def _megatron_flops(args: Namespace, config: ETConfig) -> float:
-    """Return the FLOPs of a token, forward and backward, by Megatron's formula.
-
-    The formula takes the mean fan-out as its number of experts.
-    """
-    args = copy(args)
-    if config.num_moe_experts is not None and config.uses_thresholds:
-        args.moe_router_topk = float(config.mean_experts)
-    return training_flops(args, 1) / args.seq_length
