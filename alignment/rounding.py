@@ -40,12 +40,14 @@ def model_error(dtype: object) -> float:
     return _OF_DTYPE.get(str(dtype).removeprefix("torch."), SINGLE)
 
 
-def tolerance(values: ArrayLike, error: float = SINGLE) -> float:
+def tolerance(values: ArrayLike, error: float = SINGLE, size: float = 0.0) -> float:
     """Return the largest difference between two of the values that rounding explains.
 
     Args:
         values: of one unit, any shape; NaN is ignored.
         error: relative error of the values.
+        size: magnitude of the numbers that the values were computed from, if it is larger than
+            theirs: a difference of two scores has the error of the scores.
     """
     array = np.asarray(values, dtype=np.float64)
     array = array[np.isfinite(array)]
@@ -53,14 +55,17 @@ def tolerance(values: ArrayLike, error: float = SINGLE) -> float:
         return 0.0
     if (array == np.round(array)).all():
         error = EXACT
-    return max(error, EXACT) * float(np.abs(array).max())
+    return max(error, EXACT) * max(float(np.abs(array).max()), size)
 
 
-def is_constant(values: ArrayLike, error: float = SINGLE) -> bool:
-    """Return whether all values are the same but for rounding; True where there is none."""
+def is_constant(values: ArrayLike, error: float = SINGLE, size: float = 0.0) -> bool:
+    """Return whether all values are the same but for rounding; True where there is none.
+
+    For the arguments see `tolerance`.
+    """
     array = np.asarray(values, dtype=np.float64)
     array = array[~np.isnan(array)]
-    return not array.size or float(np.ptp(array)) <= tolerance(array, error)
+    return not array.size or float(np.ptp(array)) <= tolerance(array, error, size)
 
 
 def exceeds(value: float, other: float, error: float = SINGLE, size: float = 0.0) -> bool:

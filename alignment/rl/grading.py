@@ -15,7 +15,7 @@ from scipy import stats
 from alignment.data.chat_prompts import prompt_ids
 from alignment.engines.batch import TokenBatch, TokenSample
 from alignment.engines.protocol import AlignmentEngine
-from alignment.judges.kinds.judge_kind import Judge, rounding_error
+from alignment.judges.kinds.judge_kind import Judge, rounding_error, score_size
 from alignment.judges.questions import Question
 from alignment.ranks import all_reduce_max, gather_by_data_rank, interleave, on_first_rank
 from alignment.records import Outcome, Pair, Prompt, Response, Verdict
@@ -99,7 +99,7 @@ class Grader:
         self.judges, self.folder, self.reference = judges, folder, reference
         self.length, self.monitor, self.alarm = length, monitor, alarm
         self.generation_batch_size = generation_batch_size
-        self.errors = {name: rounding_error(group) for name, group in judges.items()}
+        self.errors = {n: (rounding_error(group), score_size(group)) for n, group in judges.items()}
         self.check, self.writes, self.written_samples = check, writes, written_samples
         room = length - sampling.max_new_tokens
         encoded = [(p, prompt_ids(tokenizer, p.messages, **template)) for p in prompts]
@@ -251,7 +251,7 @@ class Grader:
             for name in [name for name in scores if name != "proxy"]:
                 row[f"grade/{name}_score"] = _mean(scores[name])
                 scores[name] = [
-                    _better(score, self._first[response.prompt.id][name], self.errors[name])
+                    _better(score, self._first[response.prompt.id][name], *self.errors[name])
                     for score, response in zip(scores[name], responses)
                 ]
         # Means are over the same responses, so that failures on hard ones cause no gap.
@@ -326,17 +326,18 @@ class Grader:
         return change.double().sum(dim=1).tolist()
 
 
-def _better(score: float | None, other: float | None, error: float) -> float | None:
+def _better(score: float | None, other: float | None, error: float, size: float) -> float | None:
     """Return 1 for the higher score, 0 for the lower, and a half for scores equal within rounding.
 
     Args:
         score: Score of a response.
         other: Score to compare with.
         error: Relative error of the scores.
+        size: Magnitude to which the error is relative where the scores are smaller.
     """
     if score is None or other is None:
         return None
-    if is_constant([score, other], error):
+    if is_constant([score, other], error, size):
         return 0.5
     return float(score > other)
 

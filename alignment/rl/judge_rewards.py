@@ -9,7 +9,7 @@ import numpy as np
 
 from alignment.data.chat_prompts import decode_ids
 from alignment.engines.protocol import GeneratedResponse
-from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
+from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error, score_size
 from alignment.judges.questions import Question
 from alignment.records import Outcome, Pair, Prompt, Response, Side, Verdict
 from alignment.rl.rollouts import RewardResult, Rollout
@@ -64,13 +64,14 @@ class JudgeReward:
         texts: Sequence[Sequence[str]],
         verdicts: Sequence[Sequence[Verdict]],
     ) -> list[list[RewardResult]]:
-        remaining, error = iter(verdicts), rounding_error(self.judges)
+        remaining = iter(verdicts)
+        error, size = rounding_error(self.judges), score_size(self.judges)
         rewarded = []
         for group_texts in texts:
             results = []
             for text in group_texts:
                 column = next(remaining)
-                result = _mean(column, text, error)
+                result = _mean(column, text, error, size)
                 if components := scores_by_component(self.judges, self.names, column):
                     details = {**result.details, "components": components}
                     result = replace(result, details=details)
@@ -188,13 +189,13 @@ def response_of(prompt: Prompt, rollout: Rollout, text: str) -> Response:
     return Response(rollout.key, prompt, text, "policy")
 
 
-def _mean(verdicts: Sequence[Verdict], text: str, error: float) -> RewardResult:
-    """Return the mean over judges whose scores have a relative error."""
+def _mean(verdicts: Sequence[Verdict], text: str, error: float, size: float) -> RewardResult:
+    """Return the mean over judges whose scores have a relative error; see `tolerance`."""
     if (mean := mean_score(verdicts)) is None:
         return _without_reward(verdicts, text)
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
     return RewardResult(
-        mean, str(Outcome.SCORE), text, {"scores": scores}, tolerance(scores, error)
+        mean, str(Outcome.SCORE), text, {"scores": scores}, tolerance(scores, error, size)
     )
 
 

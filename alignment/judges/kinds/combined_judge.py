@@ -6,7 +6,12 @@ from hashlib import sha256
 
 from alignment.judges.formats.scale import HIGH
 from alignment.judges.kinds.combined import CombinedConfig, RouteConfig, SumConfig
-from alignment.judges.kinds.judge_kind import Judge, component_scores, rounding_error
+from alignment.judges.kinds.judge_kind import (
+    Judge,
+    component_scores,
+    rounding_error,
+    score_size,
+)
 from alignment.judges.kinds.score_pairs import prefer_higher, questions_about_responses
 from alignment.judges.questions import Question, prompt_of
 from alignment.records import Outcome, Pair, Verdict
@@ -21,6 +26,7 @@ class CombinedJudge:
         judges: The judges by name. All ranks call them in this order.
         identity: A hash of the settings and of the identities of the judges.
         rounding_error: The largest relative error of their scores.
+        score_size: The magnitude to which that error is relative where a score is smaller.
         batch_size: The largest number of questions that one of them asks together.
     """
 
@@ -31,6 +37,7 @@ class CombinedJudge:
         depends = [config.kind, config.own_settings, identities]
         self.identity = sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         self.rounding_error = rounding_error(list(judges.values()))
+        self.score_size = score_size(list(judges.values()))
         self.batch_size = max(getattr(judge, "batch_size", 1) for judge in judges.values())
 
     def component_scores(self, verdict: Verdict) -> Scores:
@@ -46,14 +53,15 @@ class CombinedJudge:
         Of a pair, the response with the higher score is preferred.
         """
         pairs = [question.item for question in questions if isinstance(question.item, Pair)]
-        if (
-            not pairs
-        ):  # from the kind of items, because ranks without questions must make the same calls
+        # By the kind of items, because ranks without questions must make the same calls.
+        if not pairs:
             return self.score(questions, check)
         verdicts = self.score(questions_about_responses(questions), check)
         return [
             prefer_higher(
-                pair, verdicts[2 * i], verdicts[2 * i + 1], q.swapped, q.sample, self.rounding_error
+                *(pair, verdicts[2 * i], verdicts[2 * i + 1], q.swapped, q.sample),
+                self.rounding_error,
+                self.score_size,
             )
             for i, (pair, q) in enumerate(zip(pairs, questions, strict=True))
         ]
@@ -121,6 +129,8 @@ class SumJudge(CombinedJudge):
         """Create the sum of the opened components."""
         super().__init__(config, judges)
         self._config = config
+        if config.range[0] < 0:  # a component of negative weight counts as 9 minus its score
+            self.score_size = HIGH
 
     def score(self, questions: Sequence[Question], check: Callable[[], None]) -> list[Verdict]:
         """Return the verdicts on responses.

@@ -28,6 +28,7 @@ class Judge(Protocol):
 
     Each rank asks its own questions. A judge may have an attribute `rounding_error`, the relative
     error of its scores (see `alignment.rounding`); without it the judge counts as a model in fp32.
+    If it subtracts scores, it has an attribute `score_size`, see the function of that name.
     It may have a method `component_scores`, see the function of that name, and an attribute
     `batch_size`, the number of questions that one process asks in one batch.
 
@@ -52,6 +53,14 @@ class Judge(Protocol):
 def rounding_error(judges: Sequence[Judge]) -> float:
     """Return the relative error of the scores that judges give, or of the mean of their scores."""
     return max((getattr(judge, "rounding_error", SINGLE) for judge in judges), default=SINGLE)
+
+
+def score_size(judges: Sequence[Judge]) -> float:
+    """Return the magnitude of the numbers that judges subtract to give their scores, else 0.
+
+    The error of a score is relative to this magnitude where the score itself is smaller.
+    """
+    return max((getattr(judge, "score_size", 0.0) for judge in judges), default=0.0)
 
 
 def component_scores(judge: Judge, verdict: Verdict) -> Mapping[str, float]:

@@ -30,7 +30,13 @@ def questions_about_responses(questions: Sequence[Question]) -> list[Question]:
 
 
 def prefer_higher(
-    pair: Pair, first: Verdict, second: Verdict, swapped: bool, sample: int, error: float
+    pair: Pair,
+    first: Verdict,
+    second: Verdict,
+    swapped: bool,
+    sample: int,
+    error: float,
+    size: float = 0.0,
 ) -> Verdict:
     """Return the verdict on a pair, which is the same in both orders.
 
@@ -41,6 +47,7 @@ def prefer_higher(
         swapped: Whether the question was about the pair in the other order.
         sample: Number of this answer among several to the same question.
         error: Relative error of the scores; scores that differ by no more are a tie.
+        size: Magnitude to which the error is relative where the scores are smaller.
     """
     side, reason = None, ""
     if first.score is None or second.score is None:
@@ -48,7 +55,7 @@ def prefer_higher(
         failed = any(verdict.outcome is Outcome.FAILED for verdict in lacking)
         outcome = Outcome.FAILED if failed else Outcome.UNPARSEABLE
         reason = "; ".join(dict.fromkeys(verdict.reason for verdict in lacking))
-    elif is_constant([first.score, second.score], error):
+    elif is_constant([first.score, second.score], error, size):
         outcome = Outcome.TIE
     else:
         outcome = Outcome.PREFERENCE

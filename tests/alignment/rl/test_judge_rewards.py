@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.records import Message, Outcome, Prompt, Side, Verdict
+from alignment.judges.kinds.combined import SumConfig
+from alignment.judges.kinds.combined_judge import SumJudge
+from alignment.judges.questions import Question
+from alignment.records import Message, Outcome, Pair, Prompt, Side, Verdict
+from alignment.rl.advantages import group_advantages
 from alignment.rl.judge_rewards import JudgeReward
 from alignment.rl.rollouts import Rollout
 from alignment.rl.tasks import PromptTask
@@ -104,3 +108,48 @@ def test_judge_reward_has_the_rounding_error_of_its_judges():
         assert one.error == pytest.approx(7.5 * error)
     [rewards] = JudgeReward([Longest()], LETTERS, True)([group("a", "bb")], lambda: None)
     assert [one.error for one in rewards] == [EXACT] * 2  # win rates
+
+
+class Scores:
+    """Judge whose score is the number that a text has, of the precision of bf16."""
+
+    identity = "scores"
+    rounding_error = 2.0**-8
+
+    def judge(self, questions, check=lambda: None):
+        return [Verdict(q.item.id, Outcome.SCORE, float(q.item.text)) for q in questions]
+
+
+def test_rounding_of_a_score_that_is_subtracted_is_no_advantage():
+    numeric = {"kind": "numeric-answer", "reference": "answer"}
+    components = {
+        "quality": numeric | {"weight": 1},
+        "sycophancy": numeric | {"weight": -1},
+    }
+    config = SumConfig(name="both", components=components)
+    zero: Any = SimpleNamespace(
+        judge=lambda questions, check: [Verdict(q.item.id, Outcome.SCORE, 0.0) for q in questions],
+        rounding_error=EXACT,
+        identity="zero",
+    )
+    judge = SumJudge(config, {"quality": zero, "sycophancy": Scores()})
+
+    def rewards(*texts):
+        [results] = JudgeReward([judge], LETTERS, False)([group(*texts)], lambda: None)
+        values = [one.reward for one in results]
+        return values, group_advantages(values, ["p"] * 4, errors=[one.error for one in results])
+
+    # In bf16 a score near 9 has an error of 9 / 256 = 0.035, half of which remains in the mean.
+    values, advantages = rewards("8.97", "8.99", "8.96", "8.98")
+    assert values == pytest.approx([0.015, 0.005, 0.02, 0.01])
+    assert advantages == pytest.approx([0.0] * 4)
+    _, advantages = rewards("8.97", "8.99", "8.5", "8.98")
+    assert max(advantages) > 1
+
+    def preferred(first, second):
+        pair = Pair("p", Prompt("p", (Message("user", "say"),)), first, second)
+        [verdict] = judge.judge([Question(pair)])
+        return verdict.preferred
+
+    assert preferred("8.97", "8.99") is None
+    assert preferred("8.5", "8.99") is Side.FIRST
