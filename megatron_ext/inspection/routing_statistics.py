@@ -16,9 +16,9 @@ FORMULAS = {
     "1/D * load(domain, expert) / load(domain), which gives every domain the same weight. 0: "
     "experts do not distinguish domains; 1: one determines the other (NMI_min of Vinh, Epps and "
     "Bailey, JMLR 11, 2010)",
-    "nmi_by_chance": "(D - 1)(E - 1) / (2 * pairs) / min(H(domain), H(expert)): approximately the "
-    "value for independent pairs of token and expert. Pairs of one text are not independent, so "
-    "that it is a lower bound",
+    "nmi_by_chance": "(D - 1)(E - 1) / (2 D * pairs of a domain) / min(H(domain), H(expert)), with "
+    "the harmonic mean of the domains' pairs: approximately the value for independent pairs of "
+    "token and expert. Pairs of one text are not independent, so that it is a lower bound",
     "expert_specialisation": "1 - H(domain | expert) / log D, for p(domain | expert) = share / sum "
     "of the expert's shares. 0: the expert takes the same share of every domain; 1: it takes "
     "tokens of one domain only",
@@ -103,7 +103,9 @@ def domain_information(sums: RoutingSums) -> tuple[Floats, Floats]:
         of_expert = joint.sum(axis=0, keepdims=True)
         information = _entropy(of_expert[0]) + np.log(domains) - _entropy(joint, axis=(0, 2))
         bound = np.minimum(np.log(domains), _entropy(of_expert[0]))
-        chance = (domains - 1) * (experts - 1) / (2 * pairs.sum(axis=(0, 2))) / bound
+        # Domains have equal weights, so that the noise of the smallest counts most.
+        of_domain = domains / (1 / pairs).sum(axis=(0, 2))
+        chance = (domains - 1) * (experts - 1) / (2 * domains * of_domain) / bound
         nmi = np.where(bound > 1e-12, information / bound, 0.0)
     undefined = np.isnan(information) | (domains == 1)
     chance = np.where(bound > 1e-12, chance, np.nan)

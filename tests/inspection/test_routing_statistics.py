@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.inspection.routing_statistics import routing_statistics
+from megatron_ext.inspection.routing_statistics import domain_information, routing_statistics
 from megatron_ext.inspection.routing_sums import LOSS_EDGES, LOSS_KINDS, RoutingSums
 
 DOMAINS, LAYERS, EXPERTS = 3, 2, 5
@@ -180,6 +180,16 @@ def test_specialization_of_exclusive_and_of_indifferent_experts():
     even = routing_statistics(sums_of_shares([[0.25] * 4] * 2), [0], ["a", "b"])["specialisation"]
     assert even["nmi"][0] < 6 * even["nmi_by_chance"][0] < 2e-3
     assert max(even["experts"][0]) < 2e-3
+
+
+@pytest.mark.parametrize("pairs", [(20_000, 20_000), (200_000, 2_000), (100_000, 50_000, 1_000)])
+def test_information_by_chance_is_that_of_experts_drawn_without_regard_to_the_domain(pairs):
+    random = np.random.default_rng(0)
+    sums = RoutingSums(len(pairs), 100, 8)  # a hundred layers for one mean
+    draws = [random.multinomial(count, [1 / 8] * 8, size=100) for count in pairs]
+    sums.load[:] = draws
+    nmi, chance = domain_information(sums)
+    assert nmi.mean() == pytest.approx(chance.mean(), rel=0.15)
 
 
 def test_undefined_statistics_are_none():
