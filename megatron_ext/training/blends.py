@@ -20,6 +20,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ext.checkpoint import file_digest
+from megatron_ext.data.blend_words import number_of, parse_blend
 from megatron_ext.errors import UserError
 from megatron_ext.training.run_progress import RunProgress
 
@@ -113,43 +114,6 @@ def check_mock_split(args: Namespace) -> None:
         _check_kinds([Blend("--split", k, [], None, p) for k, p in parts if p is not None], args)
 
 
-def parse_blend(words: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
-    """Return prefixes and weights of a list such as `0.3 A 0.7 B` or `A B`.
-
-    Args:
-        words: Words of the list.
-        flag: Flag with the list, for messages.
-
-    Raises:
-        UserError: Some datasets have a weight and others do not, or a weight is not a positive
-            number.
-    """
-    numbers = [_number(word) for word in words]
-    if all(number is None for number in numbers):
-        return [word.strip() for word in words], None
-    for index, number in enumerate(numbers):
-        if index % 2 and number is not None:
-            raise UserError(
-                f"{flag}: {words[index]} is a number where a dataset is expected. Give a weight "
-                "before every dataset."
-            )
-        if index % 2 == 0 and number is None:
-            raise UserError(
-                f"{flag}: {words[index]} has no weight. Give a weight before every dataset, or "
-                "none."
-            )
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            name = words[index + 1] if index + 1 < len(words) else "no dataset"
-            raise UserError(
-                f"{flag}: the weight {words[index]} of {name} must be above 0. Leave the dataset "
-                "out, or give it another weight."
-            )
-    if len(words) % 2:
-        raise UserError(f"{flag}: the weight {words[-1]} has no dataset. Give one after it.")
-    weights = [number for number in numbers if number is not None]
-    return [word.strip() for word in words[1::2]], weights
-
-
 def check_documents(splits: Sequence[Blend], args: Namespace) -> None:
     """Refuse a split for which too few documents remain.
 
@@ -188,7 +152,7 @@ def check_enough_samples(args: Namespace, progress: RunProgress) -> None:
     """
     if args.mock_data or args.skip_train:
         return
-    steps = args.train_iters or args.train_samples // args.global_batch_size
+    steps = progress.last_step(args)
     train = args.train_samples or progress.samples_after(steps)
     interval = args.eval_interval
     evaluations = steps // interval - min(progress.iteration, steps) // interval + 1
@@ -237,7 +201,7 @@ def _check_kinds(splits: Sequence[Blend], args: Namespace) -> None:
 def _split_matrix(args: Namespace) -> list[tuple[float, float] | None]:
     """Return begin and end of each split as shares of the documents, None for an empty split."""
     words = [word.strip() for word in str(args.split).split(",")]
-    numbers = [_number(word) for word in words]
+    numbers = [number_of(word) for word in words]
     if (
         not 1 <= len(words) <= len(_KINDS)
         or any(n is None or not math.isfinite(n) or n < 0 for n in numbers)
@@ -273,14 +237,6 @@ def _tokens(prefix: str, part: tuple[float, float]) -> int:
     count = len(dataset.sequence_lengths)
     begin, end = (round(share * float(count)) for share in part)
     return int(dataset.sequence_lengths[begin:end].sum())
-
-
-def _number(word: str) -> float | None:
-    """Return a word as a number, or None for the name of a dataset, which may be numeric."""
-    try:
-        return None if Path(f"{word}.idx").is_file() else float(word)
-    except ValueError:
-        return None
 
 
 def _read(file: str, flag: str) -> str:

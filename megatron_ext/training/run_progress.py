@@ -84,6 +84,18 @@ class RunProgress:
             return self.iteration >= args.train_iters
         return self.samples + next_batch_size(self.samples) > args.train_samples
 
+    def last_step(self, args: Namespace) -> int:
+        """Return the number of steps of the whole run, by `--train-iters` or `--train-samples`."""
+        if args.train_iters:
+            return int(args.train_iters)
+        samples, iteration = self.samples, self.iteration
+        if args.step_batch_size_schedule is None:
+            return iteration + max(0, args.train_samples - samples) // next_batch_size(samples)
+        while samples < args.train_samples:
+            samples += next_batch_size(samples)
+            iteration += 1
+        return iteration
+
     def samples_after(self, step: int) -> int:
         """Return the number of samples that the run has trained on after a step, past or future."""
         if step < self.iteration:

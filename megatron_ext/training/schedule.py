@@ -13,7 +13,7 @@ from typing import Any
 from megatron.training import get_args
 
 from megatron_ext import patches
-from megatron_ext.training.run_progress import RunProgress, next_batch_size
+from megatron_ext.training.run_progress import RunProgress
 from megatron_ext.training.trainer import TrainerHooks
 
 
@@ -46,16 +46,7 @@ def arguments(args: Namespace) -> dict[str, Callable[[], Namespace]]:
 
 def _set_train_iters(args: Namespace, progress: RunProgress) -> None:
     """Convert `--train-samples` into a number of steps, including those already done."""
-    if args.train_iters:
-        return
-    samples, iteration = progress.samples, progress.iteration
-    if args.step_batch_size_schedule is None:
-        iteration += max(0, args.train_samples - samples) // next_batch_size(samples)
-    else:
-        while samples < args.train_samples:
-            samples += next_batch_size(samples)
-            iteration += 1
-    args.train_iters = iteration
+    args.train_iters = progress.last_step(args)
 
 
 def _wrap_scheduler(build: Callable[[Any], Any], progress: RunProgress) -> Callable[[Any], Any]:

@@ -26,12 +26,18 @@ def make_dataset(folder: Path, train: tuple[int, int], valid: tuple[int, int]) -
     return {f"{split}_data_path": paths for split, paths in prefixes.items()}
 
 
-def test_bytes_per_token_of_weighted_datasets_cover_all(tmp_path: Path) -> None:
+def test_bytes_per_token_of_several_datasets_are_those_of_the_tokens_of_the_run(
+    tmp_path: Path,
+) -> None:
     one = make_dataset(tmp_path / "a", (400, 100), (90, 30))
-    other = make_dataset(tmp_path / "b", (100, 100), (10, 10))
+    other = make_dataset(tmp_path / "b", (600, 300), (10, 10))
     assert bytes_per_token(one, "train") == 4 and bytes_per_token(one, "valid") == 3
-    both = {"train_data_path": ["0.5", *one["train_data_path"], "0.5", *other["train_data_path"]]}
-    assert bytes_per_token(both, "train") == 500 / 200
+    [first], [second] = one["train_data_path"], other["train_data_path"]
+    # Without weights each dataset is read once, of 4 and 2 bytes per token.
+    assert bytes_per_token({"train_data_path": [first, second]}, "train") == 1000 / 400
+    weighted = {"train_data_path": ["9", first, "1", second]}
+    assert bytes_per_token(weighted, "train") == pytest.approx(0.9 * 4 + 0.1 * 2)
+    assert bytes_per_token({"train_data_path": ["9", first, second]}, "train") is None
     assert bytes_per_token({}, "train") is None
     assert bytes_per_token({"train_data_path": [str(tmp_path / "none_train")]}, "train") is None
 

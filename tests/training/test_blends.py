@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_ext.data.blend_words import parse_blend
 from megatron_ext.errors import UserError
 from megatron_ext.training import run_progress
 from megatron_ext.training.blends import (
@@ -15,7 +16,6 @@ from megatron_ext.training.blends import (
     check_documents,
     check_enough_samples,
     check_mock_split,
-    parse_blend,
 )
 from megatron_ext.training.run_progress import RunProgress
 

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.training import training
 
+from megatron_ext.planning.preflight.storage_checks import check_room
 from megatron_ext.training import run_progress, schedule
 from megatron_ext.training.run_progress import RunProgress, record_step
 
@@ -143,3 +145,21 @@ def test_steps_record_tokens_and_changes_of_the_batch() -> None:
     assert args.batch_history == [[0, 0], [3, 6], [5, 10]]
     progress = RunProgress(7, 18, history=[*args.batch_history, [7, 18]])
     assert [progress.samples_after(step) for step in range(7)] == [0, 2, 4, 6, 8, 10, 14]
+
+
+@pytest.mark.parametrize("schedule_of_batches", [None, "0:2 128:6"])
+def test_preflight_counts_the_checkpoints_of_samples_as_training_makes_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, schedule_of_batches: str | None
+) -> None:
+    args = run(
+        monkeypatch,
+        train_iters=None,
+        train_samples=24,
+        global_batch_size=2,
+        step_batch_size_schedule=schedule_of_batches,
+    )
+    vars(args).update(save=str(tmp_path), save_interval=1, save_retain_interval=None)
+    _, message = check_room(args, 1, 1)
+    schedule._set_train_iters(args, RunProgress())
+    assert message.endswith(f"; the run keeps {args.train_iters}")
+    assert args.train_iters == (12 if schedule_of_batches is None else 4 + 3)

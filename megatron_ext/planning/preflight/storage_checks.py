@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import UserError
+from megatron_ext.training.run_progress import RunProgress
 
 GB = 1e9
 
@@ -90,7 +91,7 @@ def check_room(args: Namespace, size: int, keep: int) -> tuple[bool, str]:
             "lower --keep-checkpoints."
         )
     interval = args.save_retain_interval or args.save_interval
-    steps = args.train_iters or 0
+    steps = RunProgress().last_step(args)
     total = -(-steps // interval) if interval else 1
     if total * size <= free:
         return True, f"{message}; the run keeps {total}"

@@ -5,6 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_ext.data.blend_words import parse_blend
+from megatron_ext.errors import UserError
+
 NATS, BITS = "nats per token", "bits per byte"
 _SPLITS = {"train": ("train_data_path", "data_path"), "valid": ("valid_data_path",)}
 
@@ -20,24 +25,22 @@ def bytes_per_token(settings: Mapping[str, Any], split: str) -> float | None:
         split: "train" or "valid".
 
     Returns:
-        The number over all datasets of the split; None if a manifest does not have it.
+        The number over all datasets of the split, of which each has the share of its weight in the
+        tokens, or without weights that of its size; None if a manifest does not have it.
     """
-    prefixes = next((paths for name in _SPLITS[split] if (paths := settings.get(name))), None)
-    if not isinstance(prefixes, list):
+    words = next((paths for name in _SPLITS[split] if (paths := settings.get(name))), None)
+    if not isinstance(words, list):
         return None
-    all_counts = [_counts(Path(prefix)) for prefix in prefixes if not _is_weight(prefix)]
-    if not all_counts or None in all_counts:
-        return None
-    total_bytes, tokens = (sum(counts[i] for counts in all_counts if counts) for i in (0, 1))
-    return total_bytes / tokens if tokens else None
-
-
-def _is_weight(word: Any) -> bool:
     try:
-        float(word)
-    except (TypeError, ValueError):
-        return False
-    return True
+        prefixes, weights = parse_blend(words, f"{split} data")
+    except UserError:
+        return None
+    counts = [pair for prefix in prefixes if (pair := _counts(Path(prefix))) is not None]
+    if len(counts) < len(prefixes) or not all(tokens for _, tokens in counts):
+        return None
+    sizes, tokens = zip(*counts)
+    shares = tokens if weights is None else weights
+    return float(np.average(np.divide(sizes, tokens), weights=shares))
 
 
 def _counts(prefix: Path) -> tuple[int, int] | None:
