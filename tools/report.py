@@ -70,8 +70,12 @@ def report(run_dir: Path, options: ReportFlags) -> None:
     for name in ("unigram", "bigram"):
         if (value := getattr(options, name)) is not None:
             validation[name] = value
+    final = (validation["step"], validation["validation"]) if "step" in validation else None
     if metrics.evaluations:
-        validation.setdefault("validation", list(metrics.evaluations.values())[-1])
+        step, loss = list(metrics.evaluations.items())[-1]
+        if validation.get("step", step) < step:  # the run was trained further
+            validation = {n: validation[n] for n in ("unigram", "bigram") if n in validation}
+        validation.setdefault("validation", loss)
     text_file = Path(options.text_file or run_dir / "text.txt")
     text = None
     if options.text_file or text_file.is_file():
@@ -80,7 +84,6 @@ def report(run_dir: Path, options: ReportFlags) -> None:
     baselines = {name: float(validation[name]) for name in names}
     headline = summary(validation)
     title = f"{run_dir.name}: {headline}" if headline else run_dir.name
-    final = (validation["step"], validation["validation"]) if "step" in validation else None
     page = Page(
         run=run_dir.name,
         summary=headline,

@@ -45,6 +45,23 @@ def test_report_shows_baselines_sample_and_configuration(tmp_path: Path, capsys:
     assert not list(run.glob("*.tmp"))
 
 
+def test_report_of_a_run_that_was_trained_further_has_its_latest_validation_loss(
+    tmp_path: Path, capsys: Any
+) -> None:
+    rows = [training_row(step) for step in range(1, 21)]
+    run = write_run(
+        tmp_path / "run", [*rows, {"step": 10, "val_loss": 4.1}, {"step": 20, "val_loss": 3.4}]
+    )
+    for step, loss in ((10, "3.400"), (20, "4.022")):  # the file's own if it is not older
+        validation = {"validation": 4.022, "step": step, "tokens": 900, "unigram": 6.5}
+        (run / "validation.json").write_text(json.dumps(validation))
+        report.main(["--run-dir", str(run)])
+        headline = f"validation {loss} against unigram 6.500 (nats per token)"
+        assert capsys.readouterr().out.splitlines()[-1] == headline
+        page = (run / "report.html").read_text()
+        assert headline in page and ("validation tokens" in page) == (step == 20)
+
+
 def test_report_of_a_run_with_a_single_step(tmp_path: Path, capsys: Any) -> None:
     run = write_run(tmp_path / "run", [training_row(1)], tail='{"step": 2, "lo')
     report.main(["--run-dir", str(run)])
