@@ -162,6 +162,10 @@ class MegatronLM(TemplateLM):
         return answers
 
     def _request(self, context: list[int], continuation: list[int]) -> ScoringRequest:
+        if not context:  # of white space only, which the harness moves to the continuation
+            context = [self.prefix_token_id]
+            if continuation[:1] == context:
+                continuation = continuation[1:]
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
                 f"A continuation has {len(continuation):,} tokens, and the model scores 1 to "
@@ -170,7 +174,7 @@ class MegatronLM(TemplateLM):
             )
         # The last token is only predicted, so that one more fits.
         tokens = np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32)
-        return ScoringRequest(tokens, max(1, len(tokens) - len(continuation)))
+        return ScoringRequest(tokens, len(tokens) - len(continuation))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

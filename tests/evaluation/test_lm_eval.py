@@ -210,6 +210,24 @@ def test_harness_log_likelihoods_equal_those_of_transformers(ours, transformers)
                 )
 
 
+def log_likelihoods(run, pairs):
+    """Return, on a rank, the answers to pairs of context and continuation."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_ext.evaluation.lm_eval_adapter import MegatronLM
+
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    return MegatronLM(load=str(run)).loglikelihood(requests)
+
+
+def test_context_of_white_space_belongs_to_the_continuation(run_dir):
+    pairs = [(" ", "ba lo"), ("", " ba lo"), (" ", "ba"), ("", " ba"), ("", "lo")]
+    [answers] = run_ranks(log_likelihoods, 1, run_dir, pairs)
+    assert answers[0] == pytest.approx(answers[1])
+    assert answers[2] == pytest.approx(answers[3])
+    assert len({round(loss, 4) for loss, _ in answers}) == 3
+
+
 def test_harness_continuations_equal_those_of_transformers(ours, transformers):
     """A space at the beginning may differ: the harness's model loses it with the context."""
     texts = {doc: answer[0].strip() for doc, answer in ours.samples["say"].items()}
