@@ -81,9 +81,14 @@ class Scheduler:
         self._wake.put(None)
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel jobs and free their slots before the next pass. Any thread may call it."""
+        """Cancel jobs and free their slots before the next pass. Any thread may call it.
+
+        Their places in the queue are free at once.
+        """
         for job in jobs:
             job.cancelled = True
+        with self._lock:
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
         self._wake.put(None)
 
     def close(self, at_once: bool = False) -> None:
