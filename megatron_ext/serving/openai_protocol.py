@@ -77,7 +77,9 @@ class RequestParser:
     ) -> None:
         self.trained, self.name, self.limits = trained, name, limits
         template = chat_template or getattr(trained.tokenizer, "chat_template", None)
-        self.chat_template: str | None = template
+        self.has_template = template is not None
+        # transformers chooses among several templates of a tokenizer by their names.
+        self.chat_template: str | None = template if isinstance(template, str) else None
         self._chat_tokenizer = as_transformers(trained.tokenizer)
         self._encoder = DocumentTokens(trained.tokenizer)
 
@@ -169,7 +171,7 @@ class RequestParser:
         return prompts, texts
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if self.chat_template is None:
+        if not self.has_template:
             raise BadRequest(
                 "The model's tokenizer has no chat template. Use /v1/completions, or start the "
                 "server with --chat-template."
@@ -221,6 +223,7 @@ class RequestParser:
             )
         for prompt in prompts:
             self._check_length(prompt, max(max_tokens, 1), limit_name)
+        likeliest = min(likeliest, self.trained.vocab_size)
         seed = secrets.randbelow(2**62) if request.seed is None else request.seed
         sampling = self._sampling(request, max(max_tokens, 1))
         return [

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from megatron.core.tokenizers import MegatronTokenizer
+from transformers import AutoTokenizer
 
 from alignment.data.chat_prompts import prompt_ids
 from alignment.records import Message
@@ -47,3 +48,26 @@ def test_chat_prompt_ids_equal_those_of_training(tokenizer: Any) -> None:
     assert ours.decode(prompt) == f"system: rate</s>user: {HOSTILE}</s>"
     with pytest.raises(BadRequest, match="omits a message of the tool"):
         reader.chat({"messages": [*rows, {"role": "tool", "content": "4"}]})
+
+
+def test_template_of_several_is_the_one_of_conversations(tmp_path: Path) -> None:
+    inner = byte_level(tmp_path / "inner")
+    inner.chat_template = {"default": TEMPLATE, "tool_use": "{{ messages | length }}"}
+    inner.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(tmp_path / "tokenizer"), metadata_path={"library": "huggingface"}
+    )
+    trained = SimpleNamespace(tokenizer=tokenizer, max_length=500, vocab_size=tokenizer.vocab_size)
+    reader = RequestParser(trained, "tiny", RequestLimits())  # type: ignore[arg-type]
+    rows = [{"role": "user", "content": "rate"}]
+    [prompt] = reader.chat({"messages": rows}).prompts
+    reference = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    text = reference.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+    assert prompt == reference(text, add_special_tokens=False).input_ids
+
+
+def test_log_probs_of_a_small_vocabulary_are_those_of_all_tokens(tokenizer: Any) -> None:
+    trained = SimpleNamespace(tokenizer=tokenizer, max_length=500, vocab_size=8)
+    reader = RequestParser(trained, "tiny", RequestLimits())  # type: ignore[arg-type]
+    body = {"prompt": [2, 3], "max_tokens": 2, "logprobs": 20}
+    assert [one.likeliest for one in reader.completion(body).requests] == [8]
