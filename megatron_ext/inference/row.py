@@ -126,7 +126,9 @@ class GenerationRow:
                 "with the model's tokenizer."
             )
         self._tokenizer = trained.tokenizer
-        self._document_ends = end_tokens(trained.tokenizer) if sampling.stop_at_eod else frozenset()
+        ends = end_tokens(trained.tokenizer) if sampling.stop_at_eod else frozenset()
+        # Files of a model may name ends that its tokenizer lacks; these are never chosen.
+        self._document_ends = frozenset(token for token in ends if token < trained.vocab_size)
         self.ends = self._document_ends | frozenset(sampling.stop_token_ids)
         self.released: list[ScoredText] = []
         # Settled tokens that are not released yet, because a stop string may begin in them, and the

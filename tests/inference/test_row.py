@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import run_ranks
 
@@ -200,7 +201,7 @@ def test_row_text_equals_the_decoding_of_all_tokens(kind, tmp_path):
 def special_tokens(folder):
     """Return, on a rank, text, parts and reasons of end of rows with special tokens."""
     from megatron_ext.inference.row import GenerationRow, TokenScore
-    from megatron_ext.inference.sampling import Sampling
+    from megatron_ext.inference.sampling import Sampling, adjust
 
     result = {}
     for kind in ("sentencepiece", "byte-level"):
@@ -225,13 +226,20 @@ def special_tokens(folder):
         with_special = run(ids, skip_special_tokens=False)
         further = run(ids, stop_token_ids=(ids[3],))
         tokenizer.end_tokens = frozenset([end, special])
-        result[kind] = own, with_special, further, run(ids), run(ids, stop_at_eod=False)[1]
+        several, ignored = run(ids), run(ids, stop_at_eod=False)[1]
+        # A damaged folder may name an end that its tokenizer lacks.
+        tokenizer.end_tokens = frozenset([end, 270])
+        row = GenerationRow(trained, [ids[0]], Sampling(9, min_tokens=2), 0)
+        logits = adjust(torch.zeros(270), row.sampling, row.prompt, [], row.ends)
+        impossible = logits.isinf().nonzero().flatten().tolist()
+        result[kind] = own, with_special, further, several, ignored, (impossible, [end])
     return result
 
 
 def test_row_omits_special_tokens_unless_requested(tmp_path):
     [result] = run_ranks(special_tokens, 1, tmp_path)
-    for own, with_special, further, several, ignored in result.values():
+    for own, with_special, further, several, ignored, (impossible, end) in result.values():
+        assert impossible == end
         assert own[1] == with_special[1] == "eod" and "<s>" not in own[0] and ignored is None
         assert with_special[0].replace("<s>", "") == own[0] and with_special[0].count("<s>") == 1
         assert [entry.part.text for entry in own[2]][-1] == ""  # the end token
