@@ -122,7 +122,7 @@ class Scores:
 
 def test_rounding_of_a_score_that_is_subtracted_is_no_advantage():
     numeric = {"kind": "numeric-answer", "reference": "answer"}
-    components = {
+    components: Any = {
         "quality": numeric | {"weight": 1},
         "sycophancy": numeric | {"weight": -1},
     }
