@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def chunk_of(
         shape = (rows, *shape[1:])
     if link.expert is not None:
         shape = (model.experts, *shape)
-    return TensorChunk(link.key, shape, link.expert, tensors.dtypes[link.parts[0][0]], make)
+    # Parts of several types, such as biases in fp32, become the type that torch gives their union.
+    dtype = reduce(torch.promote_types, (tensors.dtypes[name] for name, _ in link.parts))
+    return TensorChunk(link.key, shape, link.expert, dtype, make)
 
 
 def write_release(folder: Path, chunks: list[TensorChunk], args: Namespace) -> None:

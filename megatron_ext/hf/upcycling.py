@@ -187,12 +187,7 @@ class _UpcycledTensors:
         self._read = lru_cache(maxsize=2)(dense.read)  # experts read the same matrices in turn
         links = OWN.links(model)
         self.shapes = {name: shape for link in links for name, shape in link.parts}
-        weights = dense.dtypes["model.embed_tokens.weight"]
-        special = {AVERAGE: torch.float32, UPDATES: torch.int64}
-        self.dtypes = {
-            name: next((dtype for end, dtype in special.items() if name.endswith(end)), weights)
-            for name in self.shapes
-        }
+        self.dtypes = {name: self._dtype(name) for name in self.shapes}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -203,6 +198,17 @@ class _UpcycledTensors:
         if name.endswith((AVERAGE, UPDATES)):
             return torch.zeros(self.shapes[name], dtype=self.dtypes[name])
         return self._dense.read(name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor: that of the dense one from which it is computed."""
+        if name.endswith(AVERAGE):
+            return torch.float32
+        if name.endswith(UPDATES):
+            return torch.int64
+        if match := _MLP.fullmatch(name):
+            name = f"{match['mlp']}{match['matrix']}.weight"
+        # Routers have no dense tensor, and the type of most weights.
+        return self._dense.dtypes.get(name, self._dense.dtypes["model.embed_tokens.weight"])
 
     def _slices(self, name: str, match: re.Match[str]) -> Tensor:
         """Return a matrix of an expert or of the shared expert."""
