@@ -30,6 +30,20 @@ _SPLITS: dict[str, tuple[Any, ...]] = {
         for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items()
     },
 }
+# For these rules llama.cpp takes a word of the vocabulary as it is, although its merges may end in
+# other tokens, and puts the token bos before a text unless the file denies it.
+_WHOLE_WORDS_AND_BOS = {
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "tekken",
+}
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 # llama.cpp ends a text at each of these tokens: end of text, of a turn, of a message to a tool.
 _ENDS = ("eos", "eot", "eom")
@@ -71,13 +85,13 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
     tokens: list[str] = model.get(_KEY + "tokens")
     ids = {role: model.get(f"{_KEY}{role}_token_id", -1) for role in _ROLES}
     special = {_ROLES[role]: tokens[number] for role, number in ids.items() if number >= 0}
-    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _SPLITS[split_name])
+    as_llama3 = split_name in _WHOLE_WORDS_AND_BOS
+    tokenizer = _byte_level(tokens, model.get(_KEY + "merges"), _SPLITS[split_name], as_llama3)
     for token, code in zip(tokens, model.get(_KEY + "token_type", [1] * len(tokens))):
         if code in (_Kind.CONTROL, _Kind.USER_DEFINED):
             added = AddedToken(token, normalized=False, special=code == _Kind.CONTROL)
             tokenizer.add_tokens([added])
-    if model.get(_KEY + "add_bos_token", False):
-        bos = special["bos_token"]
+    if (bos := special.get("bos_token")) and model.get(_KEY + "add_bos_token", as_llama3):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
         )
@@ -99,10 +113,12 @@ def save_tokenizer(model: GGUFModel, folder: Path) -> dict[str, Any]:
     return special_ids
 
 
-def _byte_level(tokens: list[str], merges: list[str], split_steps: tuple[Any, ...]) -> Tokenizer:
+def _byte_level(
+    tokens: list[str], merges: list[str], split_steps: tuple[Any, ...], whole_words: bool
+) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(split_steps))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

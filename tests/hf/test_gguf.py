@@ -286,3 +286,48 @@ def test_gguf_end_tokens_include_those_of_turns_and_messages(tmp_path):
     end = plain["eos_token_id"]
     assert isinstance(end, int)
     assert with_turns["eos_token_id"] == list(dict.fromkeys([end, 1, 2]))
+
+
+SYNTHETIC = ["<s>", "</s>", "a", "b", "c", "d", "ab", "cd", "abcd"]
+
+
+def ids_of_synthetic(folder, pre, **extra):
+    """Return the ids of "abcd" with a vocabulary whose merges end before that word."""
+    from gguf import TokenType
+    from transformers import AutoTokenizer
+
+    from megatron_ext.hf.gguf_tokenizer import save_tokenizer
+
+    control = [TokenType.CONTROL] * 2
+    metadata = {
+        "add_tokenizer_model": "gpt2",
+        "add_tokenizer_pre": pre,
+        "add_token_list": SYNTHETIC,
+        "add_token_types": control + [TokenType.NORMAL] * (len(SYNTHETIC) - len(control)),
+        "add_token_merges": ["a b", "c d"],
+        "add_bos_token_id": 0,
+        "add_eos_token_id": 1,
+    }
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", **metadata | extra)
+    save_tokenizer(GGUFModel(folder / "model.gguf"), folder)
+    return AutoTokenizer.from_pretrained(folder)("abcd").input_ids
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "falcon3", "pixtral", "lfm2", "tekken"])
+def test_gguf_of_llama_3_and_tekken_takes_whole_words_after_bos(pre, tmp_path):
+    """The rules are those of llama.cpp, which depend on tokenizer.ggml.pre."""
+    word = [SYNTHETIC.index("abcd")]
+    assert ids_of_synthetic(tmp_path / "default", pre) == [0, *word]
+    for number, add in enumerate((True, False)):
+        ids = ids_of_synthetic(tmp_path / str(number), pre, add_add_bos_token=add)
+        assert ids == [0] * add + word
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "gpt-4o", "dbrx", "smaug-bpe"])
+def test_gguf_of_other_kinds_merges_and_adds_bos_if_the_file_says_so(pre, tmp_path):
+    pieces = [SYNTHETIC.index("ab"), SYNTHETIC.index("cd")]
+    assert ids_of_synthetic(tmp_path / "default", pre) == pieces
+    for number, add in enumerate((True, False)):
+        ids = ids_of_synthetic(tmp_path / str(number), pre, add_add_bos_token=add)
+        assert ids == [0] * add + pieces
