@@ -17,7 +17,7 @@ from alignment.ranks import raise_on_all_ranks
 from megatron_ext.errors import UserError
 from megatron_ext.hf.configs import save_config
 from megatron_ext.hf.sources import Source
-from megatron_ext.hf.tokenizer_export import export_tokenizer
+from megatron_ext.hf.tokenizer_export import export_tokenizer, match_exported_tokenizer
 
 SHARD_BYTES = 10**9
 """Maximum size of the weights in one file, in bytes."""
@@ -179,6 +179,7 @@ def _describe(folder: Path, origin: Source | Path, dtype: torch.dtype) -> None:
     if isinstance(origin, Source) and origin.args is not None:
         special = export_tokenizer(origin.args, folder, origin.place)
         save_config(folder, origin.model, origin.family, dtype, special)
+        match_exported_tokenizer(origin.args.tokenizer_model, folder)
         return
     place = origin.place if isinstance(origin, Source) else origin
     for file in place.iterdir():

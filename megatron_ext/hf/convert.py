@@ -26,7 +26,11 @@ from megatron_ext.hf.sources import (
     thresholds_of,
 )
 from megatron_ext.hf.starting_recipe import write_recipe
-from megatron_ext.hf.tokenizer_export import copy_exported_tokenizer, export_tokenizer
+from megatron_ext.hf.tokenizer_export import (
+    copy_exported_tokenizer,
+    export_tokenizer,
+    match_exported_tokenizer,
+)
 
 SHARD_BYTES = 5 * 10**9
 
@@ -63,12 +67,16 @@ def to_hf(checkpoint: Path, folder: Path, tokenizer_model: str | None = None) ->
 
 def as_hf(source: Source, folder: Path) -> Conversion:
     """Write any model as a Hugging Face folder; see `to_hf`."""
+    tokenizer: Path | str | None
     model, tensors = source.model, source.tensors
     if source.args is None:
+        tokenizer = source.place
         special = copy_exported_tokenizer(source.place, folder)
     else:
+        tokenizer = source.args.tokenizer_model
         special = export_tokenizer(source.args, folder, source.place)
     save_config(folder, model, source.family, source.dtype, special)
+    match_exported_tokenizer(tokenizer, folder)  # which depends on config.json
     plan: list[PlannedTensor] = []
     derived_tensors: dict[str, Callable[[], Tensor]] = {}
     for name, shape in (part for link in source.family.links(model) for part in link.parts):

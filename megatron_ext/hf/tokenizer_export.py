@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ext.errors import UserError
 from megatron_ext.hf.end_tokens import carry_generation_config, special_ids
+from megatron_ext.hf.tokenizer_class import load_tokenizer, match_encoding
 
 _SENTENCEPIECE = "tokenizer.model"
 _FILES = (
@@ -63,10 +64,8 @@ def _export_files(args: Namespace, folder: Path) -> dict[str, int]:
         return {}
     source = Path(args.tokenizer_model or "")
     if args.tokenizer_type == "HuggingFaceTokenizer" and source.is_dir():
-        for file in (source / name for name in _FILES):
-            if file.is_file():
-                shutil.copy(file, folder)
-        return _special_ids(folder)
+        copy_tokenizer_files(source, folder)
+        return _special_ids(source)
     if args.tokenizer_type != "SentencePieceTokenizer" or not source.is_file():
         raise UserError(
             f"The tokenizer {args.tokenizer_model or args.tokenizer_type} of the run does not "
@@ -76,9 +75,7 @@ def _export_files(args: Namespace, folder: Path) -> dict[str, int]:
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in _SPECIAL}
     return {name: number for name, number in ids.items() if number is not None}
 
@@ -255,6 +252,23 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
             "of this model into the folder."
         )
     return ["--tokenizer-type", kind, "--tokenizer-model", str(target)]
+
+
+def match_exported_tokenizer(original: Path | str | None, folder: Path) -> None:
+    """Change an exported tokenizer so that it has the ids of the original; see `match_encoding`.
+
+    A folder without a tokenizer of transformers is not changed.
+
+    Args:
+        original: Folder of the tokenizer with which the model was trained.
+        folder: Hugging Face folder, with the config.json of the exported model.
+
+    Raises:
+        UserError: A tokenizer cannot be loaded, or the exported one would have other ids.
+    """
+    exported = any((folder / name).is_file() for name in _FILES)
+    if original and exported and _settings(folder).get("tokenizer_class") != _OWN_CLASS:
+        match_encoding(original, folder)
 
 
 def _sentencepiece(file: Path) -> Any:
