@@ -183,10 +183,10 @@ def _source(args: Namespace) -> Path | None:
 def _copy(args: Namespace, source: Path, folder: Path) -> str | None:
     """Copy a tokenizer into a folder, and return the name of its file if it is only one."""
     from megatron_ext.hf.end_tokens import carry_generation_config
-    from megatron_ext.hf.tokenizer_export import copy_tokenizer_files
+    from megatron_ext.hf.tokenizer_export import copy_tokenizer
 
     if source.is_dir():
-        copy_tokenizer_files(source, folder)
+        copy_tokenizer(args, source, folder)
         carry_generation_config(source, folder)
         return None
     name = source.name if args.tokenizer_type == "TikTokenizer" else _SENTENCEPIECE

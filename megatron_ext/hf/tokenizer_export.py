@@ -64,7 +64,7 @@ def _export_files(args: Namespace, folder: Path) -> dict[str, int]:
         return {}
     source = Path(args.tokenizer_model or "")
     if args.tokenizer_type == "HuggingFaceTokenizer" and source.is_dir():
-        copy_tokenizer_files(source, folder)
+        _copy_files(source, folder)
         return _special_ids(source)
     if args.tokenizer_type != "SentencePieceTokenizer" or not source.is_file():
         raise UserError(
@@ -160,7 +160,7 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
         The flags of `pretrain_et.py` for the tokenizer.
 
     Raises:
-        UserError: The tokenizer's file is missing.
+        UserError: The tokenizer's file is missing, or transformers cannot load it.
     """
     if args.tokenizer_type == "NullTokenizer":
         carry_generation_config(_place(args, checkpoint), folder)
@@ -174,15 +174,35 @@ def carry_tokenizer(args: Namespace, folder: Path, checkpoint: Path | None = Non
     target = folder / ("tokenizer" if source.is_dir() else _SENTENCEPIECE)
     if source.is_dir():
         target.mkdir()
-        copy_tokenizer_files(source, target)
+        copy_tokenizer(args, source, target)
     else:
         shutil.copy(source, target)
     carry_generation_config(source, target)
     return ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(target)]
 
 
-def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, but not the weights next to them, to an existing folder."""
+def copy_tokenizer(args: Namespace, source: Path, target: Path) -> None:
+    """Copy the tokenizer of a run, but not the model next to it, to an existing folder.
+
+    Without the config.json of that model, transformers may load the copy as another class. Then its
+    settings get the name of the class, which the digest of a tokenizer does not depend on.
+
+    Args:
+        args: Arguments of the run.
+        source: Folder of its tokenizer.
+        target: An existing folder without a config.json.
+
+    Raises:
+        UserError: transformers cannot load the tokenizer, or the copy would have other ids.
+    """
+    _copy_files(source, target)
+    # Code in the folder of a tokenizer is not copied, so that the copy cannot be loaded with it.
+    runs_code = getattr(args, "trust_remote_code", False) and "auto_map" in _settings(source)
+    if not runs_code:
+        match_encoding(source, target, keep_files=True)
+
+
+def _copy_files(source: Path, target: Path) -> None:
     for file in (source / name for name in _FILES):
         if file.is_file():
             shutil.copy(file, target)
@@ -201,7 +221,7 @@ def copy_exported_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: The generation configuration is damaged or contains an invalid id.
     """
-    copy_tokenizer_files(source, folder)
+    _copy_files(source, folder)
     if _settings(folder).get("tokenizer_class") == _OWN_CLASS:
         shutil.copy(_REMOTE / "tokenization_et.py", folder)
     carry_generation_config(source, folder, same_model=True)
@@ -228,20 +248,19 @@ def import_tokenizer(source: Path, vocab: int, folder: Path) -> list[str]:
         NullTokenizer, which reads token ids instead of text.
 
     Raises:
-        UserError: The tokenizer has more entries than the model, or the generation configuration is
-            damaged.
+        UserError: The tokenizer cannot be loaded, has more entries than the model, or would have
+            other ids than in the folder, or the generation configuration is damaged.
     """
     if _settings(source).get("tokenizer_class") == _OWN_CLASS:
         size = _sentencepiece(source / _SENTENCEPIECE).get_piece_size()
         kind, target = "SentencePieceTokenizer", folder / _SENTENCEPIECE
         shutil.copy(source / _SENTENCEPIECE, target)
     elif any((source / name).is_file() for name in _FILES):
-        from transformers import AutoTokenizer
-
         kind, target = "HuggingFaceTokenizer", folder / "tokenizer"
         target.mkdir()
-        copy_tokenizer_files(source, target)
-        size = len(AutoTokenizer.from_pretrained(target))
+        _copy_files(source, target)
+        match_encoding(source, target)
+        size = len(load_tokenizer(target))
     else:
         carry_generation_config(source, folder, same_model=True)
         return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab)]

@@ -135,7 +135,7 @@ def test_family_has_equal_logits_in_megatron_and_a_lossless_round_trip(name, tmp
 
 def test_rows_beyond_the_tokenizer_and_its_files_survive_a_round_trip(tmp_path):
     """Qwen's embeddings have more rows than its tokenizer has entries."""
-    make("qwen2", tmp_path / "hf")
+    make("qwen3", tmp_path / "hf")
     add_tokenizer(tmp_path / "hf", vocab_size := 450)
     [facts] = run_ranks(there_and_back, 1, tmp_path)
     torch.testing.assert_close(facts.megatron, facts.hf, atol=rounding(facts.hf), rtol=0)

@@ -11,11 +11,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+from megatron_ext.data.run_tokenizer import keep_tokenizer
 from megatron_ext.data.tokenizer_identity import tokenizer_digest
 from megatron_ext.errors import UserError
 from megatron_ext.hf.tokenizer_export import (
+    carry_tokenizer,
     copy_exported_tokenizer,
     export_tokenizer,
+    import_tokenizer,
     match_exported_tokenizer,
 )
 from tests.data.hf_tokenizers import byte_level
@@ -23,6 +26,7 @@ from tests.distributed import run_ranks
 from tests.hf.models import make
 
 FAMILIES = ("llama", "mixtral", "qwen2", "qwen3")
+CLASSES = ("LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", None)
 TEXTS = (
     "<s> [INST] a [/INST] b</s> [INST] c",
     "cafe\u0301 12345",
@@ -90,6 +94,43 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return request.param(tmp_path / "source")
 
 
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_imported_tokenizer_has_the_ids_of_the_folder(
+    family: str, name: str | None, source: Path, tmp_path: Path
+) -> None:
+    name_class(source, name)
+    add_config(source, family)
+    expected = ids(source)
+    folders = {folder: tmp_path / folder for folder in ("imported", "again", "carried")}
+    for folder in folders.values():
+        folder.mkdir()
+    imported = Path(import_tokenizer(source, 512, folders["imported"])[-1])
+    assert ids(imported) == expected
+    carried = Path(carry_tokenizer(run_with(imported), folders["carried"])[-1])
+    assert ids(carried) == expected
+    export_tokenizer(run_with(imported), folders["again"])
+    add_config(folders["again"], family)
+    match_exported_tokenizer(imported, folders["again"])
+    assert ids(folders["again"]) == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3"])
+def test_run_keeps_the_ids_of_a_tokenizer_in_the_folder_of_a_model(
+    family: str, source: Path, tmp_path: Path
+) -> None:
+    """The digest, which datasets and checkpoints contain, is that of the original."""
+    name_class(source, None if family == "qwen3" else "LlamaTokenizer")
+    add_config(source, family)
+    args = run_with(source)
+    keep_tokenizer(args, tmp_path / "run")
+    (tmp_path / "carried").mkdir()
+    carried = Path(carry_tokenizer(args, tmp_path / "carried")[-1])
+    for copy in (tmp_path / "run" / "tokenizer", carried):
+        assert ids(copy) == ids(source)
+        assert tokenizer_digest(run_with(copy)) == args.tokenizer_sha256
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
 def test_exported_tokenizer_has_the_ids_of_training(
@@ -106,11 +147,15 @@ def test_exported_tokenizer_has_the_ids_of_training(
     exported.save_pretrained(tmp_path / "saved")
     add_config(tmp_path / "saved", family)
     assert ids(tmp_path / "saved") == ids(source)
-    (tmp_path / "copy").mkdir()  # an export of the export
+    # An export of the export, and a checkpoint that is made of it.
+    for place in ("copy", "checkpoints"):
+        (tmp_path / place).mkdir()
     copy_exported_tokenizer(folder, tmp_path / "copy")
     add_config(tmp_path / "copy", family)
     match_exported_tokenizer(folder, tmp_path / "copy")
     assert ids(tmp_path / "copy") == ids(tmp_path / "copy", trust_remote_code=True) == ids(source)
+    imported = Path(import_tokenizer(folder, 512, tmp_path / "checkpoints")[-1])
+    assert ids(imported) == ids(source)
 
 
 def test_files_of_a_tokenizer_that_loads_equally_are_not_changed(tmp_path: Path) -> None:
@@ -184,3 +229,11 @@ def test_tokenizer_without_rules_in_a_file_is_refused_where_its_class_is_replace
     assert "as CTRLTokenizer there and as Qwen2Tokenizer here" in message
     assert "because of the model_type qwen2 in config.json" in message
     assert "Choose a tokenizer with a tokenizer.json" in message
+
+
+def test_damaged_tokenizer_is_refused_with_its_folder(tmp_path: Path) -> None:
+    source = gpt_2(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"source cannot be loaded by transformers: .*Copy its"):
+        import_tokenizer(source, 512, tmp_path / "checkpoints")
