@@ -76,10 +76,9 @@ def on_one_rank(run, hf, bundle, out):
     facts.other_settings = str(refused.value)
     changing, few = shutil.copytree(hf, out / "hf_folder"), ("--max-items", "9", "--tasks", "pick")
     evaluate(changing, bundle, out / "changed", *few)
-    weights = load_file(changing / "model.safetensors")
-    save_file(
-        {name: 2 * tensor for name, tensor in weights.items()}, changing / "model.safetensors"
-    )
+    for file in changing.glob("*.safetensors"):
+        weights = {name: 2 * tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
     with pytest.raises(UserError) as refused:
         evaluate(changing, bundle, out / "changed", *few)
     facts.other_weights = str(refused.value)
