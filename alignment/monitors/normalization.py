@@ -47,18 +47,19 @@ class NormalizedText:
     Attributes:
         text: Text that the detectors read.
         source: Text as generated.
-        origins: Index in `source` of each character of `text`; empty if both have the same
-            indices.
+        origins: Index in `source` of each character of `text`; None if both have the same indices.
     """
 
     text: str
     source: str
-    origins: Sequence[int] = ()
+    origins: Sequence[int] | None = None
 
     def original(self, start: int, end: int) -> str:
         """Return the piece of the source that became `text[start:end]`."""
-        if not self.origins or start >= end:
-            return self.source[start:end] if not self.origins else ""
+        if self.origins is None:
+            return self.source[start:end]
+        if start >= end:
+            return ""
         first, last = self.origins[start], self.origins[end - 1]
         following = bisect_right(self.origins, last)
         stop = self.origins[following] if following < len(self.origins) else len(self.source)
@@ -68,7 +69,7 @@ class NormalizedText:
 def normalize(text: str) -> NormalizedText:
     """Return a text in plain letters."""
     plain = text if text.isascii() else text.translate(_PUNCTUATION)
-    origins: Sequence[int] = ()
+    origins: Sequence[int] | None = None
     if not plain.isascii():
         pieces = [_plain(character) for character in plain]
         joined = "".join(pieces)
@@ -81,7 +82,8 @@ def normalize(text: str) -> NormalizedText:
         for match in _SPACED.finditer(plain):
             for position in range(match.start() + 1, match.end(), 2):
                 mask[position] = False
-        origins = [position for position, keep in zip(origins or range(len(plain)), mask) if keep]
+        before = range(len(plain)) if origins is None else origins
+        origins = [position for position, keep in zip(before, mask) if keep]
         plain = "".join(character for character, keep in zip(plain, mask) if keep)
     return NormalizedText(plain, text, origins)
 

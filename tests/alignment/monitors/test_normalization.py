@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from alignment.monitors.detectors import detect
@@ -67,9 +67,10 @@ def test_words_of_other_alphabets_are_unchanged_in_texts_of_that_alphabet() -> N
 
 
 @given(st.text())
+@example("\xad")  # of invisible characters alone
 def test_every_character_maps_to_its_origin(text: str) -> None:
     result = normalize(text)
-    if result.origins:
+    if result.origins is not None:
         assert len(result.origins) == len(result.text)
         assert list(result.origins) == sorted(result.origins)
         assert all(0 <= origin < len(text) for origin in result.origins)
